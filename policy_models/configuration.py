@@ -1,0 +1,135 @@
+"""Configuration of the Mixture-of-Experts policy: a Llama-like decoder in which chosen layers have experts.
+
+The defaults have the sizes of SmolLM2-135M with four experts a layer. Field names follow transformers' Qwen3-MoE where
+the two mean the same thing, so that tools which read configs (TRL, PEFT, vLLM-type loaders) find what they look for.
+"""
+
+from transformers import PreTrainedConfig
+
+
+class MoEPolicyConfig(PreTrainedConfig):
+    """Sizes and routing of a `MoEPolicyModel`.
+
+    Args:
+        attention_bias: a bias on the query, key and value projections (Qwen2 and Llama with `attention_bias`).
+        attention_output_bias: a bias on the output projection (Llama with `attention_bias`).
+        qk_norm: RMS norm over each head of queries and keys before the rotation (Qwen3).
+        num_experts: experts in each layer that has experts.
+        num_experts_per_tok: experts that each token goes through, 1 to `num_experts`.
+        moe_layers: indices of the layers with experts; None is all. The others keep a dense MLP of `intermediate_size`.
+        moe_intermediate_size: inner width of one expert; None takes `intermediate_size`.
+        norm_topk_prob: divide the weights of the chosen experts by their sum, so that they add up to 1. Upcycling
+            preserves the function of the dense model only with this on.
+        router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961, eq. 4).
+        router_z_loss_coef: weight of the router z-loss (ST-MoE, arXiv:2202.08906, eq. 5).
+        output_router_logits: return router logits and the auxiliary loss with every forward pass, and add that loss
+            to `loss` when labels are given. TRL's trainers switch this on by themselves.
+
+    Raises:
+        ValueError: for sizes that clash.
+    """
+
+    model_type = "moe_policy"
+    # Trainer.evaluate gathers every output that is not listed here.
+    keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
+    attribute_map = {"num_local_experts": "num_experts"}
+
+    base_model_tp_plan = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+
+    vocab_size: int = 49152
+    hidden_size: int = 576
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 30
+    num_attention_heads: int = 9
+    num_key_value_heads: int | None = 3
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 8192
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-5
+    use_cache: bool = True
+    tie_word_embeddings: bool = True
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    attention_dropout: float = 0.0
+    qk_norm: bool = False
+    num_experts: int = 4
+    num_experts_per_tok: int = 2
+    moe_layers: list[int] | None = None
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_aux_loss_coef: float = 1e-3
+    router_z_loss_coef: float = 1e-3
+    output_router_logits: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"{self.hidden_size=} does not split into {self.num_attention_heads=}; change one or set head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = self.intermediate_size
+        if self.moe_layers is None:
+            self.moe_layers = list(range(self.num_hidden_layers))
+        self.moe_layers = sorted(self.moe_layers)
+        self._check_sizes()
+        super().__post_init__(**kwargs)
+
+    def _check_sizes(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "moe_intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "num_experts",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"{self.num_attention_heads=} is not a multiple of {self.num_key_value_heads=}; "
+                "each key/value head serves the same number of query heads"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"{self.head_dim=} is odd; rotary embeddings turn pairs of values, so use an even one")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"{self.num_experts_per_tok=} must lie between 1 and {self.num_experts=}")
+        if not self.moe_layers:
+            raise ValueError("moe_layers=[] leaves no layer with experts; name at least one, or use the dense model")
+        if len(set(self.moe_layers)) != len(self.moe_layers):
+            raise ValueError(f"{self.moe_layers=} names a layer twice")
+        if self.moe_layers[0] < 0 or self.moe_layers[-1] >= self.num_hidden_layers:
+            raise ValueError(f"{self.moe_layers=} must lie between 0 and {self.num_hidden_layers - 1=}")
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns the loss off")

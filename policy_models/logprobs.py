@@ -1,0 +1,154 @@
+"""Log-probabilities of answers: the forward that training, the reference, the critic and evaluation share.
+
+Layout: prompts left-padded, answers right-padded, one sequence [prompt, answer]; positions are the exclusive cumulative
+sum of the kept tokens, so padding never shifts them. Masks come from lengths, never from comparing ids with the pad id.
+
+B answers, P prompt positions, R answer positions, V vocabulary, D width, N = rows of a flat batch. Everything after the
+logits is fp32.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+_CHUNK_ROWS = 256  # rows of fp32 logits held at a time: 50 MB at a vocabulary of 49,152
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    """log-softmax at one id a row and the entropy of the row, without an fp32 copy of all logits.
+
+    The backward recomputes each chunk from the logits as they came: d logp_n / d z = (1_id - p) / T. The entropy is for
+    logging only and passes no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, ids_N: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logp, entropy, lse = [], [], []
+        for z_NV, id_N in zip(logits_NV.split(_CHUNK_ROWS), ids_N.split(_CHUNK_ROWS), strict=True):
+            z_NV = z_NV.float() / temperature
+            lse_N = z_NV.logsumexp(dim=-1)
+            logp.append(z_NV.gather(-1, id_N[:, None])[:, 0] - lse_N)
+            entropy.append(lse_N - (torch.exp(z_NV - lse_N[:, None]) * z_NV).sum(dim=-1))
+            lse.append(lse_N)
+        empty = logits_NV.new_zeros(0, dtype=torch.float32)
+        lse_N = torch.cat(lse) if lse else empty
+        ctx.save_for_backward(logits_NV, ids_N, lse_N)
+        ctx.temperature = temperature
+        entropy_N = torch.cat(entropy) if entropy else empty
+        ctx.mark_non_differentiable(entropy_N)
+        return (torch.cat(logp) if logp else empty), entropy_N
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor, _entropy_grad: Tensor):
+        logits_NV, ids_N, lse_N = ctx.saved_tensors
+        grad_NV = torch.empty_like(logits_NV)
+        for start in range(0, len(ids_N), _CHUNK_ROWS):
+            rows = slice(start, start + _CHUNK_ROWS)
+            p_NV = torch.exp(logits_NV[rows].float() / ctx.temperature - lse_N[rows, None])
+            g_N1 = (grad_N[rows] / ctx.temperature)[:, None]
+            p_NV.mul_(-g_N1).scatter_add_(-1, ids_N[rows, None], g_N1)
+            grad_NV[rows] = p_NV.to(grad_NV.dtype)
+        return grad_NV, None, None
+
+
+def token_logprobs(logits_NV: Tensor, ids_N: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """(log-probability of each id, entropy of each row), fp32, of softmax(logits / temperature). Both have shape (N,).
+
+    Gradients flow to the logits through the log-probabilities only.
+    """
+    return _TokenLogprobs.apply(logits_NV, ids_N, temperature)
+
+
+def token_budget_batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Row indices in groups of like length, each at most `budget` tokens with its padding (a longer row goes alone)."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda r: lengths[r]):
+        if batch and (len(batch) + 1) * lengths[row] > budget:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedRows:
+    """Some rows as one padded input. `keep` and `answer_ids` are cut to the longest answer among them, R here."""
+
+    input_ids: Tensor  # (B, P + R)
+    attention_mask: Tensor  # (B, P + R)
+    position_ids: Tensor  # (B, P + R)
+    answer_ids: Tensor  # (B, R)
+    keep: Tensor  # (B, R)
+
+
+def pack_rows(
+    prompt_ids: Sequence[Sequence[int]], answer_ids: Tensor, keep: Tensor, rows: Sequence[int], pad_id: int
+) -> PackedRows:
+    """[left-padded prompt, right-padded answer] for the given rows, no wider than they need."""
+    device = answer_ids.device
+    keep_BR = keep[list(rows)]
+    width = max(int(keep_BR.sum(dim=1).max()), 1)
+    keep_BR, answer_BR = keep_BR[:, :width], answer_ids[list(rows)][:, :width]
+    prompt_width = max(len(prompt_ids[row]) for row in rows)
+    prompt_BP = torch.full((len(rows), prompt_width), pad_id, device=device)
+    prompt_keep_BP = torch.zeros_like(prompt_BP)
+    for at, row in enumerate(rows):
+        ids = torch.tensor(list(prompt_ids[row]), device=device)
+        prompt_BP[at, prompt_width - len(ids) :] = ids
+        prompt_keep_BP[at, prompt_width - len(ids) :] = 1
+    mask = torch.cat([prompt_keep_BP, keep_BR.long()], dim=1)
+    return PackedRows(
+        input_ids=torch.cat([prompt_BP, answer_BR.masked_fill(~keep_BR, pad_id)], dim=1),
+        attention_mask=mask,
+        position_ids=mask.cumsum(dim=1) - mask,
+        answer_ids=answer_BR,
+        keep=keep_BR,
+    )
+
+
+def answer_logprobs(
+    model: PreTrainedModel, packed: PackedRows, *, temperature: float, states_out: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropies) of the answer tokens, both (B, R) fp32 and 0 where not kept.
+
+    The LM head runs on answer positions only: position t is read from the logits at t - 1. With `states_out`, the final
+    hidden states at the same positions, (B, R, D) fp32, are appended to it: what a value head reads, at no extra cost.
+    """
+    B, R = packed.keep.shape
+    hook = None
+    if states_out is not None:
+
+        def keep_states(_head, inputs):
+            states_out.append(inputs[0][:, -R - 1 : -1].float())
+
+        hook = model.get_output_embeddings().register_forward_pre_hook(keep_states)
+    try:
+        logits_BRV = model(
+            input_ids=packed.input_ids,
+            attention_mask=packed.attention_mask,
+            position_ids=packed.position_ids,
+            logits_to_keep=R + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+    finally:
+        if hook is not None:
+            hook.remove()
+    logp_N, entropy_N = token_logprobs(logits_BRV[packed.keep], packed.answer_ids[packed.keep], temperature=temperature)
+    logp_BR = logp_N.new_zeros(B, R).masked_scatter(packed.keep, logp_N)
+    return logp_BR, entropy_N.new_zeros(B, R).masked_scatter(packed.keep, entropy_N)
+
+
+def answer_states(model: PreTrainedModel, packed: PackedRows) -> Tensor:
+    """Final hidden states before each answer token, fp32, (B, R, D): the positions whose logits predict the answer."""
+    R = packed.keep.shape[1]
+    states = model.base_model(
+        input_ids=packed.input_ids,
+        attention_mask=packed.attention_mask,
+        position_ids=packed.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return states[:, -R - 1 : -1].float()

@@ -1,0 +1,519 @@
+"""The Mixture-of-Experts policy: a Llama-like decoder whose MLPs are, in chosen layers, routed experts.
+
+One file on purpose: transformers decides whether the experts and the attention of a model can be switched by looking
+for `@use_experts_implementation` and `ALL_ATTENTION_FUNCTIONS.get_interface(` in the source file of the model class.
+In another file, `from_pretrained` would silently load the eager experts.
+
+Departs from Llama in transformers:
+
+- Positions that are not given follow the attention mask, so that left padding never moves a prompt.
+- The rotary frequencies stay fp32 through `.to(torch.bfloat16)`, which costs up to 1.0 in a logit otherwise.
+- The scalar head computes in fp32: in bf16 two scores near 3 that differ by 0.01 are equal.
+
+B batch, S positions, D width, H query heads, G key/value heads, C width of a head, T flat tokens, K experts a token.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.integrations.moe import use_experts_implementation
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration import MoEPolicyConfig
+from .experts import DEFAULT_EXPERTS
+from .router import SoftmaxTopKRouter, load_balancing_loss, router_z_loss
+
+
+class MoEPolicyRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class MoEPolicyRotaryEmbedding(LlamaRotaryEmbedding):
+    """Llama's rotary angles (every `rope_type` of transformers), whose frequencies no cast can touch."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "MoEPolicyRotaryEmbedding":
+        kept = self.inv_freq, self.original_inv_freq
+        super()._apply(fn, recurse)
+        if self.inv_freq.dtype != torch.float32:  # .to(bfloat16), .half(): keep the move, undo the rounding
+            self.inv_freq, self.original_inv_freq = (freq.to(self.inv_freq.device) for freq in kept)
+        return self
+
+
+def rotate(x_BHSC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:
+    """Turn the pairs (x[c], x[c + C/2]) by their angles (RoPE, arXiv:2104.09864, in Llama's half-split order)."""
+    first, second = x_BHSC.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x_BHSC * cos_BSC[:, None] + turned * sin_BSC[:, None]
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """The specification of the attention back ends: (B, H, S, C) queries, G key heads, additive mask -> (B, S, H, C)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    scores = query @ key.transpose(-2, -1) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class MoEPolicyAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: MoEPolicyConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads  # read by sdpa
+        self.scaling = config.head_dim**-0.5
+        self.is_causal = True
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = nn.Linear(
+            config.num_attention_heads * config.head_dim, width, bias=config.attention_output_bias
+        )
+        if config.qk_norm:
+            self.q_norm = MoEPolicyRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = MoEPolicyRMSNorm(config.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        heads = (*x_BSD.shape[:-1], -1, self.head_dim)
+        query, key, value = (proj(x_BSD).view(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.config.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, S, C)
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out_BSHC, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(out_BSHC.flatten(2)), weights
+
+
+class MoEPolicyMLP(nn.Module):
+    """Dense SwiGLU MLP (arXiv:2002.05202), for the layers without experts."""
+
+    def __init__(self, config: MoEPolicyConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
+
+
+@use_experts_implementation
+class MoEPolicyExperts(nn.Module):
+    """SwiGLU experts as two stacked tensors; `forward` is the eager specification of every back end."""
+
+    def __init__(self, config: MoEPolicyConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, width))  # gate rows, then up rows
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, width, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Every token through its K experts, weighted and summed in fp32. An index of E adds nothing."""
+        out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
+        # unbind, not [e]: the backward of an index writes a zero gradient of all experts for each expert.
+        for expert, (gate_up, down) in enumerate(
+            zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
+        ):
+            token_N, slot_N = torch.where(indices_TK == expert)
+            gate_NF, up_NF = F.linear(x_TD[token_N].to(gate_up.dtype), gate_up).chunk(2, dim=-1)
+            y_ND = F.linear(self.act_fn(gate_NF) * up_NF, down).float()
+            out_TD = out_TD.index_add(0, token_N, y_ND * weights_TK[token_N, slot_N, None])
+        return out_TD.to(x_TD.dtype)
+
+
+class MoEPolicyMoE(nn.Module):
+    """Router and experts in the place of one MLP."""
+
+    def __init__(self, config: MoEPolicyConfig) -> None:
+        super().__init__()
+        # `gate` and `experts` are the names that checkpoints of Qwen3-MoE and their readers use.
+        self.gate = SoftmaxTopKRouter(
+            config.hidden_size, config.num_experts, config.num_experts_per_tok, renormalise=config.norm_topk_prob
+        )
+        self.experts = MoEPolicyExperts(config)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_TD = x_BSD.flatten(0, 1)
+        _, weights_TK, indices_TK = self.gate(x_TD)
+        return self.experts(x_TD, indices_TK, weights_TK).view_as(x_BSD)
+
+
+class MoEPolicyDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: MoEPolicyConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MoEPolicyAttention(config, layer_idx)
+        self.mlp = MoEPolicyMoE(config) if layer_idx in config.moe_layers else MoEPolicyMLP(config)
+        self.input_layernorm = MoEPolicyRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MoEPolicyRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class MoEPolicyPreTrainedModel(PreTrainedModel):
+    config: MoEPolicyConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MoEPolicyDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Each becomes a flag `output_<name>` of the base model's forward.
+    _can_record_outputs = {
+        "router_logits": OutputRecorder(SoftmaxTopKRouter, index=0),
+        "router_indices": OutputRecorder(SoftmaxTopKRouter, index=2),
+        "hidden_states": MoEPolicyDecoderLayer,
+        "attentions": MoEPolicyAttention,
+    }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, MoEPolicyExperts):
+            init.normal_(module.gate_up_proj, std=std)
+            init.normal_(module.down_proj, std=std)
+        elif isinstance(module, SoftmaxTopKRouter):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, ScalarHead):
+            init.normal_(module.weight, std=scalar_head_std(module.in_features))
+
+
+class MoEPolicyModel(MoEPolicyPreTrainedModel):
+    """Embeddings, decoder layers, last norm. `forward` returns hidden states (B, S, D)."""
+
+    def __init__(self, config: MoEPolicyConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MoEPolicyDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = MoEPolicyRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = MoEPolicyRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """
+        Args:
+            attention_mask: (B, S so far) with 0 at padding on either side, or a ready 4-D mask.
+            position_ids: (B, S); None counts the kept tokens before each position. Without a mask, positions that
+                start again at 0 separate packed sequences.
+
+        The output also holds `router_logits` and `router_indices`, a tuple of (T, E) and (T, K) a layer with experts,
+        when called with `output_router_logits=True` and `output_router_indices=True`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = _positions(attention_mask, inputs_embeds, past_length)
+
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def router_aux_loss(self, outputs: MoeModelOutputWithPast, attention_mask: Tensor | None) -> Tensor:
+        """Load-balancing loss plus the z-loss, scaled so that `router_aux_loss_coef` times it is the whole charge.
+
+        TRL's trainers add `config.router_aux_loss_coef * outputs.aux_loss` themselves. With that coefficient at 0 the
+        z-loss has no one to add it and is left out. Padding does not count, if `attention_mask` is 2-D.
+        """
+        logits, indices = outputs.router_logits, outputs.router_indices
+        keep_BS = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            batch_size, length = outputs.last_hidden_state.shape[:2]
+            keep_BS = attention_mask[:, -length:].bool()  # with a cache the mask also covers what came before
+            assert keep_BS.shape == (batch_size, length)
+        loss = load_balancing_loss(logits, indices, keep_BS)
+        if self.config.router_aux_loss_coef and self.config.router_z_loss_coef:
+            scale = self.config.router_z_loss_coef / self.config.router_aux_loss_coef
+            loss = loss + scale * router_z_loss(logits, keep_BS)
+        return loss
+
+
+class MoEPolicyForCausalLM(MoEPolicyPreTrainedModel, GenerationMixin):
+    """The policy: `MoEPolicyModel` and a language-model head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MoEPolicyConfig) -> None:
+        super().__init__(config)
+        self.model = MoEPolicyModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> MoeCausalLMOutputWithPast:
+        """
+        Args:
+            labels: (B, S) token ids, -100 where a token is not predicted; shifted inside.
+            output_router_logits: return `router_logits` and `aux_loss`, and add `router_aux_loss_coef * aux_loss` to
+                `loss` when there is one; None asks the config.
+            logits_to_keep: positions that get logits: the last n (0 is all), a 1-D or (B, n) index, or a (B, S) bool
+                mask, whose logits come flat. Not together with labels.
+            num_items_in_batch: predicted tokens in the whole optimizer step. The loss is then the sum over this
+                micro-batch divided by that number, and the auxiliary loss counts by the same share.
+        """
+        if labels is not None and (isinstance(logits_to_keep, Tensor) or logits_to_keep != 0):
+            raise ValueError(f"labels need logits at every position, but {logits_to_keep=}; leave one of them out")
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_router_indices=output_router_logits,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        aux_loss = self.model.router_aux_loss(outputs, attention_mask) if output_router_logits else None
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
+            )
+            if aux_loss is not None:
+                share = 1.0
+                if num_items_in_batch is not None:  # else gradient accumulation would add the full charge each time
+                    share = (labels[:, 1:] != -100).sum() / num_items_in_batch
+                loss = loss + share * self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+
+@dataclass
+class MoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
+    """Scores (B, num_labels) as `logits`, with the router's figures when they were asked for."""
+
+    aux_loss: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+
+
+class ScalarHead(nn.Linear):
+    """A linear layer without bias that computes in fp32 whatever its weights and autocast are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.float(), self.weight.float())
+
+
+def scalar_head_std(hidden_size: int) -> float:
+    """Standard deviation of a new reward head's weights: 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325)."""
+    return 1 / math.sqrt(hidden_size + 1)
+
+
+class MoEPolicyForSequenceClassification(MoEPolicyPreTrainedModel):
+    """`MoEPolicyModel` and a linear head `score` on the last kept token, for reward and cost models."""
+
+    def __init__(self, config: MoEPolicyConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = MoEPolicyModel(config)
+        self.score = ScalarHead(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        **kwargs,
+    ) -> MoESequenceClassifierOutput:
+        """Scores of the last kept token: the last 1 of `attention_mask`, else the last token that is not
+        `pad_token_id`, else the last. Padding may be on either side. A row with no kept token scores NaN.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=output_router_logits,
+            output_router_indices=output_router_logits,
+            **kwargs,
+        )
+        hidden_BSD = outputs.last_hidden_state
+        last_B, found_B = _last_kept(hidden_BSD, input_ids, attention_mask, self.config.pad_token_id)
+        scores = self.score(hidden_BSD[torch.arange(hidden_BSD.shape[0], device=hidden_BSD.device), last_B])
+        scores = scores.masked_fill(~found_B[:, None], torch.nan)
+
+        aux_loss = self.model.router_aux_loss(outputs, attention_mask) if output_router_logits else None
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=scores, labels=labels, pooled_logits=scores, config=self.config)
+            if aux_loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoESequenceClassifierOutput(
+            loss=loss,
+            logits=scores,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            aux_loss=aux_loss,
+            router_logits=outputs.router_logits if output_router_logits else None,
+        )
+
+
+def _positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int) -> Tensor:
+    """(B, S) positions: the number of kept tokens before each, or a plain count without a 2-D mask."""
+    length = inputs_embeds.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        kept = attention_mask.long()
+        return (kept.cumsum(-1) - kept)[:, -length:]
+    return (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
+
+
+def _last_kept(
+    hidden_BSD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_token_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """Index (B,) of the last kept position, and whether (B,) there is one."""
+    batch_size, length = hidden_BSD.shape[:2]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        keep_BS = attention_mask[:, -length:].to(hidden_BSD.device).bool()
+    elif input_ids is not None and pad_token_id is not None:
+        keep_BS = (input_ids != pad_token_id).to(hidden_BSD.device)
+    else:
+        keep_BS = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_BSD.device)
+    position_S = torch.arange(length, device=hidden_BSD.device)
+    return (position_S * keep_BS).argmax(-1), keep_BS.any(-1)

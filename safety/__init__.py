@@ -1,0 +1,1 @@
+"""Safety scanners and, later, the pipeline around a model. Usable without any training code."""

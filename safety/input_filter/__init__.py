@@ -1,0 +1,1 @@
+"""Scanners of what a user sends, before a model sees it."""

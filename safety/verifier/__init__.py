@@ -1,0 +1,1 @@
+"""Scanners of what a model answered, before a user sees it."""
