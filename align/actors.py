@@ -1,12 +1,14 @@
 """Policy, reference and critic of a PPO run: one set of weights with adapters, or full copies.
 
 LoRA mode holds the backbone once. The policy is the backbone with its adapter, the reference is the same with adapters
-off (so it is the model that the run started from, after a resume too), the critic is the backbone with an adapter of its
-own and a value head. Full mode holds a trained policy, a frozen copy as the reference and a third as the critic.
-With `critic="head"` the critic is only a value head on the reference's hidden states: no third backbone, no extra forward.
+off (so it is the model that the run started from, after a resume too), the critic is the backbone with an adapter of
+its own and a value head. Full mode holds a trained policy, a frozen copy as the reference and a third as the critic.
+With `critic="head"` the critic is only a value head on the reference's hidden states: no third backbone, no forward of
+its own.
 """
 
 import copy
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,9 +18,11 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from align.launch import pick_dtype
+from policy_models.attention import default_attention
 from policy_models.loading import load_policy, load_scalar_model
 from policy_models.logprobs import PackedRows, answer_states
 
@@ -38,6 +42,9 @@ class ModelSettings:
     lora_r: int = field(default=16, metadata={"help": "rank of the adapters"})
     lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters: alpha / r"})
     lora_targets: str = field(default="all-linear", metadata={"help": "all-linear, or names of modules with commas"})
+    lora_top_layers: int | None = field(
+        default=None, metadata={"help": "adapters on the last n layers only: no backward through the others; none: all"}
+    )
     lora_experts: bool = field(default=False, metadata={"help": "adapters on the experts too"})
 
     def __post_init__(self) -> None:
@@ -51,6 +58,12 @@ class ModelSettings:
     def weight_dtype(self) -> torch.dtype:
         """Full fine-tuning keeps fp32 weights: an update of a bf16 weight is often below its rounding."""
         return pick_dtype(self.dtype) if self.lora else torch.float32
+
+    def check_precision(self, args: TrainingArguments) -> None:
+        """TRL's stages compute in bf16 by `bf16`; ValueError where that says something else than `dtype`."""
+        bf16 = pick_dtype(self.dtype) == torch.bfloat16
+        if bool(args.bf16) != bf16:
+            raise ValueError(f"dtype={self.dtype!r} and bf16={args.bf16} clash: set bf16: {str(bf16).lower()}")
 
     def lora_config(self, model: PreTrainedModel, *, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
         """LoRA on the linear layers named by `lora_targets` and, if asked, on the experts; None for full fine-tuning.
@@ -67,8 +80,8 @@ class ModelSettings:
                 "lora_experts=true, but the model has no experts; set it to false or upcycle the model first"
             )
         targets: str | list[str] = self.lora_targets
-        if self.lora_targets != "all-linear":
-            targets = [target.strip() for target in self.lora_targets.split(",")]
+        if self.lora_targets != "all-linear" or self.lora_top_layers:
+            targets = self._linear_names(model)
         return LoraConfig(
             r=self.lora_r,
             lora_alpha=self.lora_alpha,
@@ -77,6 +90,23 @@ class ModelSettings:
             target_parameters=experts if self.lora_experts else None,
             task_type=task_type,
         )
+
+    def _linear_names(self, model: PreTrainedModel) -> list[str]:
+        """Full names of the linear layers that the settings choose; ValueError when they choose none."""
+        wanted = None if self.lora_targets == "all-linear" else {t.strip() for t in self.lora_targets.split(",")}
+        first = model.config.num_hidden_layers - (self.lora_top_layers or model.config.num_hidden_layers)
+        names = []
+        for name, module in model.named_modules():
+            layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}.")
+            linear = isinstance(module, nn.Linear | Conv1D)
+            if linear and layer and int(layer.group(1)) >= first and (not wanted or name.rsplit(".", 1)[-1] in wanted):
+                names.append(name)
+        if not names:
+            raise ValueError(
+                f"lora_targets={self.lora_targets!r} with lora_top_layers={self.lora_top_layers} match no linear layer "
+                f"of {type(model).__name__}; use all-linear or names such as q_proj,v_proj"
+            )
+        return names
 
 
 class ValueHead(nn.Module):
@@ -99,10 +129,11 @@ class Actors:
     def __init__(
         self, backbone: PreTrainedModel, *, lora: LoraConfig | None, critic: str, autocast: torch.dtype | None = None
     ) -> None:
-        """`backbone` becomes the policy. `autocast` is the compute type of full fp32 weights, None for as stored."""
+        """`backbone` becomes the policy. `autocast` is the type that products are computed in, None for as stored."""
         if critic not in CRITICS:
             raise ValueError(f"critic={critic!r}: must be one of {', '.join(CRITICS)}")
-        disable_dropout(backbone)
+        # evaluation mode throughout: two forwards over the same tokens must agree, so no dropout and no router jitter
+        backbone.eval()
         self.critic = critic
         self.autocast = autocast
         self.value_head = ValueHead(backbone.config.hidden_size).to(backbone.device)
@@ -115,12 +146,12 @@ class Actors:
             if critic == "own":
                 peft.add_adapter(CRITIC, copy.deepcopy(lora))
             peft.set_adapter(POLICY)
+            peft.eval()
             self._peft, self.lm = peft, peft.get_base_model()
         else:
             self.lm = backbone
             self._reference = copy.deepcopy(backbone).requires_grad_(False)
             self._critic_lm = copy.deepcopy(backbone) if critic == "own" else None
-        self.lm.train()  # dropout is off everywhere; train mode only so that gradient checkpointing works
 
     @contextmanager
     def policy(self) -> Iterator[PreTrainedModel]:
@@ -206,22 +237,6 @@ class Actors:
         return torch.autocast(self.lm.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled)
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout and router jitter to 0: two forwards over the same tokens must agree, in train mode too."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    config = getattr(model, "config", None)
-    for name in ("attention_dropout", "router_jitter_noise"):
-        if getattr(config, name, 0.0):
-            setattr(config, name, 0.0)
-    for module in model.modules():
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-        if isinstance(getattr(module, "jitter_noise", None), float):
-            module.jitter_noise = 0.0
-
-
 def load_start(source: str, *, dtype: torch.dtype) -> PreTrainedModel:
     """A model to start a stage from. An adapter folder is merged into its base first, so that "adapters off" is it."""
     folder = Path(source)
@@ -231,7 +246,7 @@ def load_start(source: str, *, dtype: torch.dtype) -> PreTrainedModel:
         # merged in fp32 and rounded once: bf16 weights would swallow small updates one by one
         merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
         return cast_parameters(merged, dtype)
-    return load_policy(source, dtype=dtype)
+    return load_policy(source, dtype=dtype, attn_implementation=default_attention())
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

@@ -10,28 +10,39 @@ import numpy as np
 import torch
 
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, rank: int = 0, keep_last: int = 2) -> Path:
-    """Writes `run/checkpoints/step-N/rank-R.pt` and drops all but the newest `keep_last` steps.
-
-    The file is written under another name and then renamed, so a crash leaves the previous checkpoint intact.
-    """
+def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, rank: int = 0) -> Path:
+    """Writes `run/checkpoints/step-N/rank-R.pt`, under another name first: a crash leaves earlier ones intact."""
     folder = run / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"rank-{rank}.pt"
     partial = target.with_suffix(".partial")
     torch.save(state, partial)
     partial.replace(target)
-    if rank == 0:
-        for old in sorted(folder.parent.glob("step-*"))[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
+def prune_checkpoints(run: Path, *, keep_last: int) -> None:
+    """Drops all but the newest `keep_last` steps. To be called by one rank once every rank has written its file."""
+    for old in sorted((run / "checkpoints").glob("step-*"))[: -keep_last or None]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
 def latest_checkpoint(run: Path, *, num_ranks: int = 1) -> Path | None:
-    """The newest step folder in which every rank's file is complete, or None."""
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        if all((folder / f"rank-{rank}.pt").is_file() for rank in range(num_ranks)):
+    """The newest step folder that every rank completed; None when there is no checkpoint at all.
+
+    Raises ValueError when the checkpoints are of a run with another number of processes.
+    """
+    folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
+    for folder in folders:
+        ranks = {file.name for file in folder.glob("rank-*.pt")}
+        if ranks == {f"rank-{rank}.pt" for rank in range(num_ranks)}:
             return folder
+    if folders:
+        found = len(list(folders[0].glob("rank-*.pt")))
+        raise ValueError(
+            f"{folders[0]}: written by {found} processes, this run has {num_ranks}; "
+            "resume with the same number, or start anew in another output_dir"
+        )
     return None
 
 

@@ -1,7 +1,9 @@
-"""Direct preference optimisation on TRL's trainer. Launch: `accelerate launch align/dpo.py --config configs/dpo/debug.yaml`
+"""Direct preference optimisation on TRL's trainer.
 
-The offline baseline that PPO is compared with: the same pairs that train the reward model, the same start. With LoRA the
-reference is the start with adapters off, and `model/` holds the adapter.
+Launch: `accelerate launch align/dpo.py --config configs/dpo/debug.yaml`
+
+The offline baseline that PPO is compared with: the same pairs that train the reward model, the same start. With LoRA
+the reference is the start with adapters off, and `model/` holds the adapter.
 """
 
 import sys
@@ -32,6 +34,11 @@ class DPOSettings(ModelSettings):
     )
     holdout_every: int = field(default=5, metadata={"help": "one prompt in this many is held out; 0: none"})
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.holdout_every < 0 or self.holdout_every == 1:
+            raise ValueError(f"holdout_every={self.holdout_every}: must be 0 (none) or at least 2")
+
 
 class _Trainer(StopOnNonFinite, DPOTrainer):
     pass
@@ -41,6 +48,7 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
     """Trains and returns the run folder; the policy (an adapter with LoRA) is in `model/`."""
     pairs = read_preferences(resolve_path(settings.train_file))
     train_pairs, held_out = split_pairs(pairs, settings.holdout_every)
+    settings.check_precision(args)
     resolve_model_source(settings.model)
     run = open_run(args.output_dir, settings, args)
     tokenizer = load_tokenizer(settings.model)

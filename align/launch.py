@@ -4,11 +4,13 @@ import dataclasses
 import difflib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+import typing
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ def trainer_defaults() -> dict[str, Any]:
         "lr_scheduler_type": "cosine",
         "dataloader_pin_memory": False,
         "use_cpu": not torch.cuda.is_available(),
-        "bf16": False,
+        "bf16": pick_dtype("auto") == torch.bfloat16,
         "activation_checkpointing": False,
     }
 
@@ -50,7 +52,8 @@ def parse_settings(
     from trl import TrlParser
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    known = {f.name for cls in classes for f in dataclasses.fields(cls) if f.init}
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    known = {f.name: f for cls in classes for f in dataclasses.fields(cls) if f.init}
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 >= len(argv):
@@ -66,7 +69,7 @@ def parse_settings(
     return parser.parse_args_and_config(args=argv)
 
 
-def _check_config_file(path: Path, known: set[str]) -> None:
+def _check_config_file(path: Path, known: dict[str, dataclasses.Field]) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: no such settings file; configs/<stage>/ holds the ones that ship")
     text = path.read_text(encoding="utf-8")
@@ -77,13 +80,32 @@ def _check_config_file(path: Path, known: set[str]) -> None:
     if not isinstance(settings, dict):
         raise ValueError(f"{path}:1: settings must be a mapping of names to values, found {type(settings).__name__}")
     for name, value in settings.items():
-        if name not in known | {"env"}:
-            found = re.search(rf"^{re.escape(str(name))}\s*:", text, re.MULTILINE)
-            line = text[: found.start()].count("\n") + 1 if found else 1
-            raise ValueError(f"{path}:{line}: unknown setting {name!r} (value {value!r}){_nearest(str(name), known)}")
+        if name == "env":
+            continue
+        found = re.search(rf"^{re.escape(str(name))}\s*:", text, re.MULTILINE)
+        place = f"{path}:{text[: found.start()].count(chr(10)) + 1 if found else 1}"
+        if name not in known:
+            raise ValueError(f"{place}: unknown setting {name!r} (value {value!r}){_nearest(str(name), known)}")
+        if wanted := _wrong_type(known[name], value):
+            raise ValueError(f"{place}: {name}={value!r}: must be {wanted}")
 
 
-def _nearest(name: str, known: set[str]) -> str:
+def _wrong_type(setting: dataclasses.Field, value: Any) -> str | None:
+    """What the setting takes, if that is a plain type and the value is not of it."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds = set(typing.get_args(setting.type)) or {setting.type}
+    if not kinds <= {*plain, type(None)}:
+        return None
+    if float in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4, without a dot, as a text
+            return None if math.isfinite(float(value)) else "a finite number"
+        except ValueError:
+            pass
+    fits = any(type(value) is kind for kind in kinds)
+    return None if fits else " or ".join(plain[kind] for kind in plain if kind in kinds)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else "; see --help for the settings of this stage"
 

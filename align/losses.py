@@ -1,7 +1,8 @@
 """The two clipped losses of PPO (Schulman et al. 2017, arXiv:1707.06347).
 
-Normalisation: a loss here is a *sum* over kept tokens divided by `num_tokens`, the count over every micro-batch and rank
-of one optimizer step. Gradients then only need adding up: how a step is split into micro-batches or ranks changes nothing.
+Normalisation: a loss here is a *sum* over kept tokens divided by `num_tokens`, the count over every micro-batch and
+rank of one optimizer step. Gradients then only need adding up: how a step is split into micro-batches or ranks changes
+nothing.
 
 B answers, R answer positions. Everything here is fp32.
 """
@@ -20,7 +21,8 @@ def clipped_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO surrogate, sum over kept tokens / num_tokens (eq. 7), and sums over kept tokens for the log.
 
-    ratio = exp(logp - old_logp), the exponent held in [-20, 20]; loss = -min(ratio * A, clip(ratio, 1 - clip, 1 + clip) * A).
+    ratio = exp(logp - old_logp), the exponent held in [-20, 20]; loss = -min(ratio * A, clip(ratio, 1 - clip, 1 + clip)
+    * A).
     """
     log_ratio_BR = (logp_BR - old_logp_BR).masked_fill(~keep_BR, 0.0).clamp(-20.0, 20.0)
     ratio_BR = log_ratio_BR.exp()
@@ -48,6 +50,7 @@ def clipped_value_loss(
     num_tokens: Tensor | float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of V_old; sum over kept tokens / num_tokens."""
+    value_BR, old_value_BR, return_BR = (x.masked_fill(~keep_BR, 0.0) for x in (value_BR, old_value_BR, return_BR))
     near_BR = old_value_BR + (value_BR - old_value_BR).clamp(-clip, clip)
     free_BR = (value_BR - return_BR).square()
     held_BR = (near_BR - return_BR).square()

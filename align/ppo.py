@@ -1,21 +1,24 @@
-"""PPO against a composite reward, on accelerate. Launch: `accelerate launch align/ppo.py --config configs/ppo/debug.yaml`
+"""PPO against a composite reward, on accelerate.
+
+Launch: `accelerate launch align/ppo.py --config configs/ppo/debug.yaml`
 
 One step, as numbered below:
  1. draw prompts, 2. sample answers, 3. score them, 4. log-probabilities under policy and reference, and values,
  5. token rewards, GAE, whitening, 6. clipped updates over a few epochs, 7. KL coefficient, log, evaluation, checkpoint.
 
-Where this departs from the usual code: the score goes on the last token of the answer, not on the first pad; a loss is a
-sum over the tokens of an optimizer step (all micro-batches, all ranks) over their number; advantages are whitened over
-all ranks; gradients are added up over ranks once per optimizer step, so no rank waits inside a backward.
+Where this departs from the usual code: the score goes on the last token of the answer, not on the first pad; a loss is
+a sum over the tokens of an optimizer step (all micro-batches, all ranks) over their number; advantages are whitened
+over all ranks; gradients are added up over ranks once per optimizer step, so no rank waits inside a backward.
 """
 
+import shutil
 import sys
 from pathlib import Path
 
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +31,14 @@ from transformers import PreTrainedTokenizerBase
 
 from align.actors import CRITICS, Actors, ModelSettings, load_start
 from align.advantages import gae, token_rewards, whiten
-from align.checkpoints import latest_checkpoint, load_checkpoint, rng_state, save_checkpoint, set_rng_state
+from align.checkpoints import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
 from align.kl_control import ESTIMATORS, KLController, kl_estimate
 from align.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path
 from align.losses import clipped_policy_loss, clipped_value_loss
@@ -42,6 +52,13 @@ from policy_models.router import router_load
 from reward import CompositeReward, Reward, Scaling, default_composite, statistics
 
 RewardFunction = Callable[[Sequence[str], Sequence[str]], Reward]
+
+
+_AT_LEAST_ONE = (
+    "steps rollouts_per_step minibatches ppo_epochs max_new_tokens max_prompt_tokens scaling_prompts keep_checkpoints"
+).split()
+_NOT_NEGATIVE = "policy_lr critic_lr critic_warmup_steps eval_every eval_prompts save_every missing_eos_penalty".split()
+_ABOVE_ZERO = "temperature clip value_clip score_clip max_grad_norm".split()
 
 
 @dataclass(kw_only=True)
@@ -102,21 +119,26 @@ class PPOSettings(ModelSettings):
 
     eval_every: int = field(default=10, metadata={"help": "steps between evaluations; 0: only first and last"})
     eval_prompts: int = field(default=64, metadata={"help": "prompts of an evaluation"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints; the last step is always saved"})
+    save_every: int = field(default=100, metadata={"help": "steps between checkpoints; 0: only the last"})
     keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints that stay"})
     log_with: str | None = field(default=None, metadata={"help": "trackio, wandb or tensorboard beside metrics.jsonl"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("steps", "rollouts_per_step", "minibatches", "ppo_epochs", "max_new_tokens", "scaling_prompts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        for names, ok, rule in (
+            (_AT_LEAST_ONE, lambda x: x >= 1, "must be at least 1"),
+            (_NOT_NEGATIVE, lambda x: x >= 0, "must be at least 0"),
+            (_ABOVE_ZERO, lambda x: x > 0, "must be above 0"),
+            (("gamma", "lam"), lambda x: 0 <= x <= 1, "must be between 0 and 1"),
+        ):
+            for name in names:
+                if not ok(getattr(self, name)):  # NaN fails every rule
+                    raise ValueError(f"{name}={getattr(self, name)}: {rule}")
         if self.rollouts_per_step % self.minibatches:
             raise ValueError(
-                f"{self.rollouts_per_step=} does not split into {self.minibatches=}; make the first a multiple of the second"
+                f"{self.rollouts_per_step=} does not split into {self.minibatches=}; "
+                "make the first a multiple of the second"
             )
-        if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature}: must be above 0, PPO learns from samples")
         if self.critic not in CRITICS:
             raise ValueError(f"critic={self.critic!r}: must be one of {', '.join(CRITICS)}")
         if self.kl_estimator not in ESTIMATORS:
@@ -153,7 +175,7 @@ class PPO:
 
         backbone = load_start(settings.model, dtype=settings.weight_dtype).to(accelerator.device)
         lora = settings.lora_config(backbone)
-        autocast = torch.bfloat16 if self.dtype == torch.bfloat16 and not settings.lora else None
+        autocast = torch.bfloat16 if self.dtype == torch.bfloat16 else None
         self.actors = Actors(backbone, lora=lora, critic=settings.critic, autocast=autocast)
         self.groups = [self.actors.policy_parameters(), self.actors.critic_parameters()]
         self.optimizer = torch.optim.AdamW(
@@ -181,7 +203,7 @@ class PPO:
     # 1. prompts -------------------------------------------------------------------------------------------------------
 
     def prompts_of_step(self, step: int) -> list[int]:
-        """Indices of this rank's prompts. A function of seed and step alone: a resumed run draws what an unbroken one does.
+        """Indices of this rank's prompts: a function of seed and step alone, so that a resumed run draws the same.
 
         Each pass over the prompts is shuffled anew and used up before the next begins.
         """
@@ -248,8 +270,7 @@ class PPO:
         By the training forward, one model at a time over all micro-batches: switching adapters touches every layer.
         """
         s = self.settings
-        lengths = [len(p) + n for p, n in zip(ids, keep.sum(dim=1).tolist(), strict=True)]
-        groups = list(token_budget_batches(lengths, s.tokens_per_micro_batch))
+        groups = list(micro_batches(ids, keep, range(len(ids)), s.tokens_per_micro_batch))
         packs = [pack_rows(ids, answer_ids, keep, rows, self.tokenizer.pad_token_id) for rows in groups]
         policy, reference, value = (torch.zeros(keep.shape, device=keep.device) for _ in range(3))
         states: list[Tensor] | None = [] if s.critic == "head" else None
@@ -273,12 +294,13 @@ class PPO:
     # 5. advantages ----------------------------------------------------------------------------------------------------
 
     def advantages(self, batch: RolloutBatch, reward: Reward) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-        """(keep, whitened advantages, returns), each (B, R), and metrics. Rows without a total are kept out of the update."""
+        """(keep, whitened advantages, returns), each (B, R), and metrics. Rows without a total take no part."""
         s, device = self.settings, self.accelerator.device
         scored = torch.tensor([t is not None for t in reward.total], device=device)
         score = torch.tensor([t if t is not None else 0.0 for t in reward.total], device=device)
         # an answer that never ended is charged before the clip, and its tokens still count
         score = (score - s.missing_eos_penalty * (~batch.finished)).clamp(-s.score_clip, s.score_clip)
+        score = score.masked_fill(~scored, 0.0)
         keep = batch.keep & scored[:, None]
         kl = kl_estimate(batch.old_logp, batch.ref_logp, s.kl_estimator).masked_fill(~keep, 0.0)
         rewards = token_rewards(score, kl, keep, kl_coef=self.kl.coef)
@@ -359,11 +381,7 @@ class PPO:
     def _accumulate(self, batch, rows, keep, advantage, returns, num_tokens, train_policy, sums) -> None:
         """Adds the gradients of one minibatch, micro-batch by micro-batch; the sums for the log stay on the device."""
         s = self.settings
-        lengths = batch.lengths()
-        groups = [
-            [rows[i] for i in group]
-            for group in token_budget_batches([lengths[r] for r in rows], s.tokens_per_micro_batch)
-        ]
+        groups = list(micro_batches(batch.prompt_ids, batch.keep, rows, s.tokens_per_micro_batch))
         packs = [
             pack_rows(batch.prompt_ids, batch.answer_ids, keep, group, self.tokenizer.pad_token_id) for group in groups
         ]
@@ -480,7 +498,7 @@ class PPO:
         }
 
     def fit_scaling(self) -> None:
-        """Scaling of the reward parts from the reference's answers to the first prompts, or from the file that was named."""
+        """Scaling of the reward parts: from the file that was named, or fitted on answers of the reference."""
         path = self.run / "scaling.json"
         if self.settings.reward_scaling:
             self.reward.scaling = Scaling.load(resolve_path(self.settings.reward_scaling))
@@ -506,14 +524,15 @@ class PPO:
         """Share of each expert in every layer that has experts, pads left out; empty for a dense model."""
         if not getattr(self.actors.lm.config, "num_experts", 0):
             return {}
-        rows = next(token_budget_batches(batch.lengths(), self.settings.tokens_per_micro_batch))
+        rows = next(
+            micro_batches(batch.prompt_ids, batch.keep, range(len(batch)), self.settings.tokens_per_micro_batch)
+        )
         pack = pack_rows(batch.prompt_ids, batch.answer_ids, batch.keep, rows, self.tokenizer.pad_token_id)
         with self.actors.policy() as model:
-            logits = model(
+            logits = model.base_model(
                 input_ids=pack.input_ids,
                 attention_mask=pack.attention_mask,
                 position_ids=pack.position_ids,
-                logits_to_keep=1,
                 output_router_logits=True,
                 use_cache=False,
             ).router_logits
@@ -542,6 +561,15 @@ class PPO:
         set_rng_state(state["rng"])
 
 
+def micro_batches(
+    prompt_ids: Sequence[Sequence[int]], keep: Tensor, rows: Sequence[int], budget: int
+) -> Iterator[list[int]]:
+    """Groups of the given rows whose packed form holds at most `budget` tokens."""
+    prompt_lengths = [len(prompt_ids[row]) for row in rows]
+    for group in token_budget_batches(prompt_lengths, keep[list(rows)].sum(dim=1).tolist(), budget):
+        yield [rows[at] for at in group]
+
+
 def build_reward(settings: PPOSettings) -> CompositeReward:
     """The composite reward that the settings describe, not yet scaled."""
     composite = default_composite(
@@ -567,13 +595,15 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
         if source:
             resolve_model_source(source)
     run = open_run(settings.output_dir, settings) if accelerator.is_main_process else Path(settings.output_dir)
+    if accelerator.is_main_process and not settings.resume:
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)  # of an older run: a later resume must not take them up
     accelerator.wait_for_everyone()
+    checkpoint = latest_checkpoint(run, num_ranks=accelerator.num_processes) if settings.resume else None
     ppo = PPO(settings, accelerator, run, reward)
     metrics = Metrics(run, enabled=accelerator.is_main_process)
     if settings.log_with:
         accelerator.init_trackers("plumbline")
     first = 0
-    checkpoint = latest_checkpoint(run, num_ranks=accelerator.num_processes) if settings.resume else None
     ppo.fit_scaling()
     if checkpoint:
         first, state = load_checkpoint(checkpoint, rank=accelerator.process_index)
@@ -600,10 +630,11 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
         row["lr"] = ppo.scheduler.get_last_lr()[0]
         bar.set_postfix(score=f"{measured['objective/scores']:.2f}", kl=f"{measured['objective/kl']:.2f}")
         last = step + 1 == settings.steps
-        if last or (step + 1) % settings.save_every == 0:
-            save_checkpoint(
-                run, step + 1, ppo.state(), rank=accelerator.process_index, keep_last=settings.keep_checkpoints
-            )
+        if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+            save_checkpoint(run, step + 1, ppo.state(), rank=accelerator.process_index)
+            accelerator.wait_for_everyone()  # every rank's file is there before an older step goes
+            if accelerator.is_main_process:
+                prune_checkpoints(run, keep_last=settings.keep_checkpoints)
         row = metrics.write(row)
         if settings.log_with:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)

@@ -4,6 +4,7 @@ A text field is a plain string (one user turn, one assistant turn) or a list of 
 out is TRL's conversational form, so that the chat template is applied once, by the trainer.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,13 +33,17 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; JSON Lines expected, one object a line")
     empty = True
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             place = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{place}: not UTF-8 ({error.reason} at byte {error.start}); save the file as UTF-8"
+                ) from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{place}: not valid JSON ({error.msg} at column {error.colno}); fix the line"
@@ -128,11 +133,10 @@ def last_user_text(prompt: Messages) -> str:
 
 
 def split_pairs(pairs: list[PreferencePair], every: int) -> tuple[list[PreferencePair], list[PreferencePair]]:
-    """(train, held out): the prompts whose hash falls in one class of `every` are held out, all their pairs together."""
-    import hashlib
+    """(train, held out): one prompt in `every`, by its hash, is held out with all its pairs; 0 holds out none."""
 
     def held_out(pair: PreferencePair) -> bool:
         digest = hashlib.sha256(last_user_text(pair.prompt).strip().lower().encode()).digest()
-        return int.from_bytes(digest[:4], "big") % every == 0
+        return bool(every) and int.from_bytes(digest[:4], "big") % every == 0
 
     return [p for p in pairs if not held_out(p)], [p for p in pairs if held_out(p)]

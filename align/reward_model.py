@@ -1,7 +1,10 @@
-"""Reward model on TRL's trainer. Launch: `accelerate launch align/reward_model.py --config configs/reward_model/debug.yaml`
+"""Reward model on TRL's trainer.
+
+Launch: `accelerate launch align/reward_model.py --config configs/reward_model/debug.yaml`
 
 Bradley-Terry on preference pairs (Ouyang et al. 2022, eq. 1), with a centring term. What the run leaves:
-`model/`              the backbone with a scalar head, LoRA merged, and `reward_scaling.json`: mean and standard deviation
+`model/`              the backbone with a scalar head, LoRA merged, and `reward_scaling.json`: mean and standard
+deviation
                       of the scores of training answers, so that scores can be read as "standard deviations above usual"
 `report.json`         accuracy on held-out pairs with its interval, beside the baseline "the longer answer is better"
 """
@@ -14,12 +17,11 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from reward.learned import LearnedPreference
 from trl import RewardConfig, RewardTrainer
 
 from align.actors import ModelSettings, save_merged
@@ -27,7 +29,9 @@ from align.launch import STARTER, open_run, parse_settings, resolve_path, traine
 from align.preferences import PreferencePair, last_user_text, read_preferences, split_pairs
 from align.tracking import MetricsCallback, StopOnNonFinite
 from eval.statistics import wilson
+from policy_models.attention import default_attention
 from policy_models.loading import load_scalar_model, load_tokenizer, resolve_model_source
+from reward.learned import LearnedPreference
 
 
 @dataclass(kw_only=True)
@@ -57,12 +61,13 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     if not train_pairs or not held_out:
         raise ValueError(
             f"{settings.train_file}: {len(pairs)} pairs split into {len(train_pairs)} for training and {len(held_out)} "
-            f"held out with holdout_every={settings.holdout_every}; both must have some: add pairs or change the setting"
+            f"held out with holdout_every={settings.holdout_every}; both must have some: add pairs or change it"
         )
+    settings.check_precision(args)
     resolve_model_source(settings.model)
     run = open_run(args.output_dir, settings, args)
     tokenizer = load_tokenizer(settings.model)
-    model = load_scalar_model(settings.model, dtype=settings.weight_dtype)
+    model = load_scalar_model(settings.model, dtype=settings.weight_dtype, attn_implementation=default_attention())
     rows = [
         {"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected}
         | ({"margin": p.margin} if settings.use_margins else {})
@@ -81,7 +86,8 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     del trainer, model
 
     scorer = LearnedPreference(str(run / "model"))
-    chosen, rejected = score_pairs(scorer, train_pairs)
+    # 128 answers pin a mean and a spread well enough; scoring every training pair would take as long as training
+    chosen, rejected = score_pairs(scorer, train_pairs[:64])
     scores = np.concatenate([chosen, rejected])
     scaling = {"mean": float(scores.mean()), "std": float(max(scores.std(), 1e-6))}
     (run / "model" / "reward_scaling.json").write_text(json.dumps(scaling, indent=2) + "\n", encoding="utf-8")
@@ -122,7 +128,7 @@ def accuracy_report(pairs: Sequence[PreferencePair], chosen: np.ndarray, rejecte
 
 
 def _share(hits: np.ndarray) -> dict[str, float | int]:
-    return asdict(wilson(int(hits.sum()), len(hits))) | {"n": len(hits)}
+    return wilson(int(hits.sum()), len(hits))._asdict() | {"n": len(hits)}
 
 
 def _calibration(margin: np.ndarray, bins: int = 5) -> list[list[float]]:
@@ -143,9 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings, args = parse_settings((RewardModelSettings, RewardConfig), argv, defaults=trainer_defaults())
     run = train(settings, args)
     accuracy = json.loads((run / "report.json").read_text())["accuracy"]
-    print(
-        f"reward_model: finished, held-out accuracy {accuracy['mean']:.3f} on {accuracy['n']} pairs; {run / 'report.json'}"
-    )
+    share, pairs = accuracy["mean"], accuracy["n"]
+    print(f"reward_model: finished, held-out accuracy {share:.3f} on {pairs} pairs; {run / 'report.json'}")
 
 
 if __name__ == "__main__":

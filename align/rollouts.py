@@ -47,10 +47,6 @@ class RolloutBatch:
         """Kept tokens of each answer."""
         return self.keep.sum(dim=1).tolist()
 
-    def lengths(self) -> list[int]:
-        """Prompt and answer tokens of each row: what a forward over it costs."""
-        return [len(p) + n for p, n in zip(self.prompt_ids, self.answer_lengths(), strict=True)]
-
 
 def drop_long_prompts(
     prompts: list[Messages], ids: list[list[int]], limit: int

@@ -1,7 +1,9 @@
-"""Supervised fine-tuning on TRL's trainer. Launch: `accelerate launch align/sft.py --config configs/sft/debug.yaml`
+"""Supervised fine-tuning on TRL's trainer.
 
-The loss is on the answers only. With LoRA the adapter is merged at the end, so that what the run leaves in `model/` is a
-plain model folder from which the later stages start: their reference is then that model with adapters off.
+Launch: `accelerate launch align/sft.py --config configs/sft/debug.yaml`
+
+The loss is on the answers only. With LoRA the adapter is merged at the end, so that what the run leaves in `model/` is
+a plain model folder from which the later stages start: their reference is then that model with adapters off.
 """
 
 import sys
@@ -41,6 +43,7 @@ def train(settings: SFTSettings, args: SFTConfig) -> Path:
     """Trains and returns the run folder; the model is in `model/`."""
     train_rows = read_sft(resolve_path(settings.train_file))
     eval_rows = read_sft(resolve_path(settings.eval_file)) if settings.eval_file else None
+    settings.check_precision(args)
     resolve_model_source(settings.model)
     run = open_run(args.output_dir, settings, args)
     tokenizer = load_tokenizer(settings.model)

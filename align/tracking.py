@@ -95,5 +95,6 @@ class StopOnNonFinite:
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)  # type: ignore[misc]
         batch = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        stop_on_non_finite(Path(self.args.output_dir), "training loss", float(loss), batch)  # type: ignore[attr-defined]
+        run = Path(self.args.output_dir)  # type: ignore[attr-defined]
+        stop_on_non_finite(run, "training loss", float(loss), batch)
         return loss

@@ -80,7 +80,7 @@ def repetition(text: str, n: int = 3) -> float:
 
 
 def distinct_2(answers: Sequence[str]) -> float:
-    """Different word pairs over all word pairs of all answers (distinct-2, arXiv:1510.03055); falls as answers grow alike.
+    """Different word pairs over all word pairs of the answers (distinct-2, arXiv:1510.03055); falls as they grow alike.
 
     Longer and more answers lower it too: compare targets on the same prompts, and look at lengths beside it.
     """

@@ -1,6 +1,6 @@
 """Intervals and tests for evaluation results: plain functions on arrays, no state.
 
-Single rates get Wilson intervals, means get percentile bootstrap intervals, two targets on the same prompts are compared
+Single rates get Wilson intervals, means percentile bootstrap intervals, two targets on the same prompts are compared
 pairwise. Several rows of one prompt (samples, paraphrases) are one cluster: they are resampled together, so that asking
 the same thing five times does not make an interval narrower.
 """
@@ -106,7 +106,7 @@ def length_controlled_gain(
 
 
 def mcnemar_exact(before: ArrayLike, after: ArrayLike) -> McNemar:
-    """Exact McNemar test on (N,) paired booleans: a two-sided binomial test on the pairs that changed (p = 1 if none)."""
+    """Exact McNemar test on (N,) paired booleans: two-sided binomial on the pairs that changed (p = 1 if none did)."""
     before_N, after_N = np.asarray(before, dtype=bool), np.asarray(after, dtype=bool)
     if before_N.shape != after_N.shape or before_N.ndim != 1:
         raise ValueError(f"{before_N.shape=} and {after_N.shape=}: needs two lists of the same length")

@@ -4,6 +4,8 @@ The defaults have the sizes of SmolLM2-135M with four experts a layer. Field nam
 the two mean the same thing, so that tools which read configs (TRL, PEFT, vLLM-type loaders) find what they look for.
 """
 
+from typing import Any, ClassVar
+
 from transformers import PreTrainedConfig
 
 
@@ -33,6 +35,7 @@ class MoEPolicyConfig(PreTrainedConfig):
     # Trainer.evaluate gathers every output that is not listed here.
     keys_to_ignore_at_inference = ["past_key_values", "router_logits", "aux_loss"]
     attribute_map = {"num_local_experts": "num_experts"}
+    auto_map: ClassVar[dict[str, str]] = {}  # TRL reads it of every model class that is not transformers' own
 
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -48,7 +51,7 @@ class MoEPolicyConfig(PreTrainedConfig):
         "layers.*.mlp.up_proj": "colwise",
         "layers.*.mlp.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -59,8 +62,8 @@ class MoEPolicyConfig(PreTrainedConfig):
     intermediate_size: int = 1536
     num_hidden_layers: int = 30
     num_attention_heads: int = 9
-    num_key_value_heads: int | None = 3
-    head_dim: int | None = None
+    num_key_value_heads: int = 3
+    head_dim: int = None  # type: ignore[assignment]  # this and two below: resolved in __post_init__
     hidden_act: str = "silu"
     max_position_embeddings: int = 8192
     initializer_range: float = 0.02
@@ -74,8 +77,8 @@ class MoEPolicyConfig(PreTrainedConfig):
     qk_norm: bool = False
     num_experts: int = 4
     num_experts_per_tok: int = 2
-    moe_layers: list[int] | None = None
-    moe_intermediate_size: int | None = None
+    moe_layers: list[int] = None  # type: ignore[assignment]
+    moe_intermediate_size: int = None  # type: ignore[assignment]
     norm_topk_prob: bool = True
     router_aux_loss_coef: float = 1e-3
     router_z_loss_coef: float = 1e-3

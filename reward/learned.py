@@ -1,0 +1,105 @@
+"""A trained preference model as one component of the reward.
+
+The model reads the conversation (prompt, answer) in its chat template and gives one number, by Bradley-Terry the log-odds
+of being preferred up to a constant. `reward_scaling.json` beside the checkpoint ({"mean": m, "std": s}, written when the
+model was trained) makes it (number - m) / s, so that training answers have mean 0 and spread 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCALING_FILE = "reward_scaling.json"
+
+
+class LearnedPreference:
+    """Scores of a sequence-classification model with one label.
+
+    Args:
+        model_path: a source that `policy_models.loading.load_scalar_model` takes; read only for what is not passed.
+        model, tokenizer: an already loaded pair, for instance adapters on weights shared with the policy.
+        token_budget: padded tokens a forward pass.
+
+    A conversation longer than the model's positions gets None: cut, it would be another conversation.
+    """
+
+    def __init__(
+        self,
+        model_path: str | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        dtype: torch.dtype = torch.float32,
+        token_budget: int = 4096,
+        name: str = "preference",
+    ) -> None:
+        if model_path is None and (model is None or tokenizer is None):
+            raise ValueError("LearnedPreference needs a model_path, or both a model and a tokenizer")
+        self.name, self.token_budget = name, token_budget
+        self.mean, self.std = read_scaling(model_path)
+        if model is None or tokenizer is None:
+            from policy_models.loading import load_scalar_model, load_tokenizer
+
+            model = model or load_scalar_model(str(model_path), dtype=dtype)
+            tokenizer = tokenizer or load_tokenizer(str(model_path))
+        if model.config.num_labels != 1:
+            raise ValueError(f"a preference model has one label, {model_path or 'this model'} has {model.config.num_labels}")
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        training = self.model.training  # weights may be shared with a policy that is being trained
+        self.model.eval()
+        try:
+            return self._scores(prompts, answers)
+        finally:
+            self.model.train(training)
+
+    @torch.inference_mode()
+    def _scores(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        from policy_models.logprobs import token_budget_batches
+
+        ids = [self._ids(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+        fits = [row for row, tokens in enumerate(ids) if len(tokens) <= limit]
+        device = next(self.model.parameters()).device
+        scores: list[float | None] = [None] * len(ids)
+        for batch in token_budget_batches([len(ids[row]) for row in fits], [0] * len(fits), self.token_budget):
+            rows = [fits[at] for at in batch]
+            width = max(len(ids[row]) for row in rows)
+            input_ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.long, device=device)
+            keep = torch.zeros_like(input_ids)
+            for at, row in enumerate(rows):  # padded on the right: positions then need no care
+                input_ids[at, : len(ids[row])] = torch.tensor(ids[row], dtype=torch.long)
+                keep[at, : len(ids[row])] = 1
+            logits = self.model(input_ids=input_ids, attention_mask=keep).logits[:, 0].float()
+            for row, logit in zip(rows, logits.tolist(), strict=True):
+                scores[row] = (logit - self.mean) / self.std
+        return scores
+
+    def _ids(self, prompt: str, answer: str) -> list[int]:
+        conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+        return list(self.tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"])
+
+
+def read_scaling(model_path: str | None) -> tuple[float, float]:
+    """(mean, std) of the file beside a local checkpoint; (0, 1) where there is none."""
+    path = Path(model_path or "") / SCALING_FILE
+    if model_path is None or not path.is_file():
+        return 0.0, 1.0
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    mean, std = fields.get("mean"), fields.get("std")
+    for value in (mean, std):
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{path}: mean={mean!r}, std={std!r}; both must be finite numbers")
+    if std <= 0:
+        raise ValueError(f"{path}: std={std} must be above 0; train the reward model again")
+    return float(mean), float(std)

@@ -1,0 +1,89 @@
+"""How likely a prompt asks for something harmful, and of which kind.
+
+A small MLP on MiniLM embeddings, trained against harmless prompts that sound harmful ("kill a Python process"): without
+those, such a head recognises a topic, not an aim. heads/CARD.md has the data, the held-out figures and the limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from safety.embedding import EMBEDDER_ID, Embedder, Windows, load_embedder
+from safety.findings import Category, Finding, Span
+from safety.heads import SHIPPED, Head
+
+
+class HarmScanner:
+    """Risk of a prompt, the answer not looked at.
+
+    A text longer than one window of the embedder is scored as a whole and window by window, and the worst counts: a
+    harmless page does not hide a harmful line at its end. A blank prompt asks for nothing and has risk 0.
+
+    Args:
+        embedder, head, kinds: the shipped ones if not given. `kinds` names the hazard of a prompt known to be harmful.
+        floor: scores below it make no finding; the thresholds of a policy lie above it.
+    """
+
+    def __init__(
+        self,
+        *,
+        embedder: Embedder | None = None,
+        head: Head | None = None,
+        kinds: Head | None = None,
+        name: str = "harm",
+        floor: float = 0.1,
+    ) -> None:
+        self.name, self.floor = name, floor
+        self.head = head or Head.load(SHIPPED / "harm.safetensors", features=EMBEDDER_ID)
+        self.kinds = kinds or Head.load(SHIPPED / "harm_kind.safetensors", features=EMBEDDER_ID)
+        self.embedder = embedder or load_embedder()
+
+    def risk(self, texts: Sequence[str]) -> list[float]:
+        """Calibrated P(the prompt asks for something harmful), one a text."""
+        return [score for score, _ in self._score(texts)]
+
+    def scan(self, texts: Sequence[str]) -> list[list[Finding]]:
+        """At most one finding a text, its span the window that scored highest (none if that is the whole text)."""
+        scored = self._score(texts)
+        kinds = self.kinds.predict(self.embedder.embed(texts)) if texts else np.zeros((0, 1))
+        labels = self.kinds.card.labels
+        findings: list[list[Finding]] = []
+        for (score, span), kind in zip(scored, kinds, strict=True):
+            found = Finding(
+                scanner=self.name,
+                version=self.head.version,
+                category=Category(labels[int(kind.argmax())]),
+                score=score,
+                spans=() if span is None else (span,),
+                reason=f"asks for something harmful (kind with probability {kind.max():.2f})",
+            )
+            findings.append([found] if score >= self.floor else [])
+        return findings
+
+    def _score(self, texts: Sequence[str]) -> list[tuple[float, Span | None]]:
+        windows = self.embedder.embed_windows(texts)
+        return [
+            worst_window(self.head, piece) if text.strip() else (0.0, None)
+            for text, piece in zip(texts, windows, strict=True)
+        ]
+
+
+def worst_window(head: Head, windows: Windows) -> tuple[float, Span | None]:
+    """Highest probability over the whole text and each of its windows, and where; None where it is the whole text."""
+    if len(windows.spans) == 1:
+        return float(head.predict(windows.vectors)[0]), None
+    scores = head.predict(np.concatenate([windows.mean()[None], windows.vectors]))
+    worst = int(scores.argmax())
+    if worst == 0:
+        return float(scores[0]), None
+    start, end = windows.spans[worst - 1]
+    return float(scores[worst]), Span(start=start, end=end)
+
+
+@lru_cache(maxsize=1)
+def load_harm_scanner() -> HarmScanner:
+    """The shipped scanner, loaded once and shared by the pipeline and the reward."""
+    return HarmScanner()

@@ -1,0 +1,74 @@
+"""LearnedPreference: batches against single texts, scaling file, modes of a shared model, errors."""
+
+import json
+
+import pytest
+import torch
+
+from policy_models.loading import load_scalar_model, load_tokenizer
+from reward.learned import SCALING_FILE, LearnedPreference
+
+PROMPTS = ["Why?", "Name a colour that is not green.", "Hello"]
+ANSWERS = ["Because.", "Red.", "Hello to you, and to everybody who came along today."]
+SOURCE = "bundled:tiny-moe"
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return LearnedPreference(SOURCE, token_budget=64)
+
+
+def test_scores_in_a_batch_equal_scores_alone(scorer):
+    together = scorer(PROMPTS, ANSWERS)
+    alone = [scorer([p], [a])[0] for p, a in zip(PROMPTS, ANSWERS, strict=True)]
+    assert together == pytest.approx(alone, abs=1e-5)
+    assert len(set(together)) == 3
+    assert scorer([], []) == []
+
+
+def test_the_score_is_the_logit_at_the_end_of_the_conversation(scorer):
+    text = [{"role": "user", "content": PROMPTS[1]}, {"role": "assistant", "content": ANSWERS[1]}]
+    ids = scorer.tokenizer.apply_chat_template(text, return_dict=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        want = scorer.model(input_ids=ids).logits[0, 0].item()
+    assert scorer([PROMPTS[1]], [ANSWERS[1]])[0] == pytest.approx(want, abs=1e-5)
+
+
+def test_scaling_file_beside_the_checkpoint(scorer, tmp_path):
+    plain = scorer(PROMPTS, ANSWERS)
+    (tmp_path / SCALING_FILE).write_text(json.dumps({"mean": 2.0, "std": 0.5}))
+    scaled = LearnedPreference(str(tmp_path), model=scorer.model, tokenizer=scorer.tokenizer)(PROMPTS, ANSWERS)
+    assert scaled == pytest.approx([(score - 2.0) / 0.5 for score in plain], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ({"mean": 0.0, "std": 0.0}, "std=0.0 must be above 0"),
+        ({"mean": None, "std": 1.0}, "mean=None, std=1.0; both must be finite"),
+        ({"std": 1.0}, "mean=None"),
+    ],
+)
+def test_a_bad_scaling_file_raises_before_the_model_loads(tmp_path, content, message):
+    (tmp_path / SCALING_FILE).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        LearnedPreference(str(tmp_path))
+
+
+def test_a_shared_model_keeps_its_mode_and_gets_no_gradient():
+    model = load_scalar_model(SOURCE).train()
+    scorer = LearnedPreference(model=model, tokenizer=load_tokenizer(SOURCE))
+    scorer(PROMPTS, ANSWERS)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_conversation_beyond_the_positions_gets_none(scorer):
+    limit = scorer.model.config.max_position_embeddings
+    scores = scorer(["Why?", "Why?"], ["word " * limit, "Because."])
+    assert scores[0] is None and scores[1] is not None
+
+
+def test_what_must_be_given():
+    with pytest.raises(ValueError, match="needs a model_path, or both a model and a tokenizer"):
+        LearnedPreference()
