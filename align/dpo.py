@@ -48,6 +48,11 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
     """Trains and returns the run folder; the policy (an adapter with LoRA) is in `model/`."""
     pairs = read_preferences(resolve_path(settings.train_file))
     train_pairs, held_out = split_pairs(pairs, settings.holdout_every)
+    if not train_pairs:
+        raise ValueError(
+            f"{settings.train_file}: all {len(pairs)} pairs are held out with holdout_every={settings.holdout_every}; "
+            "add pairs or change it"
+        )
     settings.check_precision(args)
     resolve_model_source(settings.model)
     run = open_run(args.output_dir, settings, args)

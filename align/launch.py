@@ -53,7 +53,10 @@ def parse_settings(
 
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    known = {f.name: f for cls in classes for f in dataclasses.fields(cls) if f.init}
+    known = {}
+    for cls in classes:
+        types = typing.get_type_hints(cls)  # not Field.type: the parser rewrites that on its first run
+        known |= {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}
     if "--config" in argv:
         at = argv.index("--config")
         if at + 1 >= len(argv):
@@ -69,7 +72,7 @@ def parse_settings(
     return parser.parse_args_and_config(args=argv)
 
 
-def _check_config_file(path: Path, known: dict[str, dataclasses.Field]) -> None:
+def _check_config_file(path: Path, known: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: no such settings file; configs/<stage>/ holds the ones that ship")
     text = path.read_text(encoding="utf-8")
@@ -90,10 +93,10 @@ def _check_config_file(path: Path, known: dict[str, dataclasses.Field]) -> None:
             raise ValueError(f"{place}: {name}={value!r}: must be {wanted}")
 
 
-def _wrong_type(setting: dataclasses.Field, value: Any) -> str | None:
+def _wrong_type(annotation: Any, value: Any) -> str | None:
     """What the setting takes, if that is a plain type and the value is not of it."""
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    kinds = set(typing.get_args(setting.type)) or {setting.type}
+    kinds = set(typing.get_args(annotation)) or {annotation}
     if not kinds <= {*plain, type(None)}:
         return None
     if float in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):

@@ -165,13 +165,12 @@ class PPO:
                 f"rollouts_per_step={settings.rollouts_per_step} does not split into {accelerator.num_processes} "
                 f"processes x {settings.minibatches} minibatches; make it a multiple of their product"
             )
-        prompts = read_prompts(resolve_path(settings.prompts_file))
-        eval_prompts = read_prompts(resolve_path(settings.eval_prompts_file)) if settings.eval_prompts_file else []
+        prompts, eval_prompts = read_prompt_files(settings)
         set_seed(settings.seed)
         self.dtype = pick_dtype(settings.dtype)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.model)
         self.prompts, self.prompt_ids = self._encode(prompts)
-        self.eval_prompts, self.eval_ids = self._encode(eval_prompts[: settings.eval_prompts])
+        self.eval_prompts, self.eval_ids = self._encode(eval_prompts)
 
         backbone = load_start(settings.model, dtype=settings.weight_dtype).to(accelerator.device)
         lora = settings.lora_config(backbone)
@@ -570,6 +569,14 @@ def micro_batches(
         yield [rows[at] for at in group]
 
 
+def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messages]]:
+    """(prompts to train on, prompts to evaluate on); the latter are taken at even steps through their file."""
+    prompts = read_prompts(resolve_path(settings.prompts_file))
+    held_out = read_prompts(resolve_path(settings.eval_prompts_file)) if settings.eval_prompts_file else []
+    count = min(settings.eval_prompts, len(held_out))
+    return prompts, [held_out[at * len(held_out) // count] for at in range(count)]
+
+
 def build_reward(settings: PPOSettings) -> CompositeReward:
     """The composite reward that the settings describe, not yet scaled."""
     composite = default_composite(
@@ -591,9 +598,13 @@ def build_reward(settings: PPOSettings) -> CompositeReward:
 def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Path:
     """Runs PPO and returns the run folder. `reward` replaces the composite that the settings describe."""
     accelerator = Accelerator(log_with=settings.log_with, project_dir=settings.output_dir)
-    for source in (settings.model, settings.fluency_model if settings.fluency_weight and reward is None else None):
-        if source:
-            resolve_model_source(source)
+    read_prompt_files(settings)  # bad rows show before a model is built, loaded or downloaded
+    resolve_model_source(settings.model)
+    if reward is None:
+        if settings.fluency_weight:
+            resolve_model_source(settings.fluency_model)
+        if settings.preference_weight and settings.reward_model:
+            resolve_model_source(settings.reward_model)
     run = open_run(settings.output_dir, settings) if accelerator.is_main_process else Path(settings.output_dir)
     if accelerator.is_main_process and not settings.resume:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)  # of an older run: a later resume must not take them up

@@ -6,6 +6,7 @@ out is TRL's conversational form, so that the chat template is applied once, by 
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,8 +105,8 @@ def read_preferences(path: Path) -> list[PreferencePair]:
         if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
             raise ValueError(f"{place}: chosen and rejected are the same text; drop the pair or relabel it")
         margin = row.get("margin", 0.0)
-        if not isinstance(margin, int | float) or margin < 0:
-            raise ValueError(f"{place}: margin={margin!r} must be a number of at least 0")
+        if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < math.inf:
+            raise ValueError(f"{place}: margin={margin!r} must be a finite number of at least 0")
         tags = {name: row[name] for name in ("axis", "kind", "category", "topic") if isinstance(row.get(name), str)}
         pairs.append(
             PreferencePair(

@@ -28,7 +28,7 @@ from align.actors import ModelSettings, save_merged
 from align.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
 from align.preferences import PreferencePair, last_user_text, read_preferences, split_pairs
 from align.tracking import MetricsCallback, StopOnNonFinite
-from eval.statistics import wilson
+from eval.intervals import wilson
 from policy_models.attention import default_attention
 from policy_models.loading import load_scalar_model, load_tokenizer, resolve_model_source
 from reward.learned import LearnedPreference

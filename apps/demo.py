@@ -5,7 +5,7 @@
     3 reward     a reward model on preference pairs, and the scaling of the composite reward
     4 dpo        the offline baseline, on the same pairs
     5 ppo        against the composite reward
-    6 evaluate   base, start, DPO and PPO answer prompts that no stage trained on
+    6 evaluate   start, DPO and PPO answer prompts that no stage trained on
     7 report     report.html and summary.json
 
 Each training stage is started by the same words a user would type; they are printed.
@@ -41,16 +41,26 @@ from policy_models.loading import load_policy, load_tokenizer
 from reward import CompositeReward, Scaling
 
 CONFIGS = REPOSITORY / "configs"
+STAGES = ("upcycle", "sft", "reward_model", "dpo", "ppo")
 
 
 @dataclass(kw_only=True)
 class DemoSettings:
-    """The stages read configs/<stage>/demo.yaml; what they share is here."""
+    """What the stages share; the rest of their settings is in configs/<stage>/<configs>.yaml."""
 
     output_dir: str = field(default="runs/demo", metadata={"help": "folder of the run"})
     model: str = field(default="bundled:smollm2-135m-instruct", metadata={"help": "dense model to start from"})
     eval_prompts: int = field(default=120, metadata={"help": "held-out prompts, spread over the three kinds"})
+    configs: str = field(default="demo", metadata={"help": "which settings file of each stage: demo or debug"})
     seed: int = field(default=0, metadata={"help": "of every stage"})
+
+    def __post_init__(self) -> None:
+        if missing := [s for s in STAGES if not (CONFIGS / s / f"{self.configs}.yaml").is_file()]:
+            raise ValueError(
+                f"configs={self.configs!r}: no {self.configs}.yaml in configs/{missing[0]}; try demo or debug"
+            )
+        if self.eval_prompts < 3:
+            raise ValueError(f"eval_prompts={self.eval_prompts}: must be at least 3, one of each kind")
 
 
 class Clock:
@@ -72,9 +82,9 @@ class Clock:
         print(f"    {self.wall_s[name]:.0f} s, {time.perf_counter() - self.started:.0f} s since the start", flush=True)
 
 
-def run_stage(main: Callable[[Sequence[str]], Any], command: str, stage: str, **flags: str | Path | int) -> None:
+def run_stage(main: Callable[[Sequence[str]], Any], command: str, config: Path, **flags: str | Path | int) -> None:
     """Calls a stage as the command line would, and prints that command line."""
-    argv = ["--config", str(CONFIGS / stage / "demo.yaml")]
+    argv = ["--config", str(config)]
     for name, value in flags.items():
         argv += [f"--{name}", str(value)]
     print(f"    plumbline {command} {' '.join(argv)}", flush=True)
@@ -90,32 +100,27 @@ def demo(settings: DemoSettings) -> Path:
     seed = settings.seed
     clock = Clock(stages=7)
 
+    def config(stage: str) -> Path:
+        return CONFIGS / stage / f"{settings.configs}.yaml"
+
     with clock.stage("upcycle", "the dense model becomes a Mixture-of-Experts policy"):
-        run_stage(apps.upcycle.main, "upcycle", "upcycle", model=settings.model, output_dir=policy)
+        run_stage(apps.upcycle.main, "upcycle", config("upcycle"), model=settings.model, output_dir=policy)
     with clock.stage("sft", "supervised fine-tuning on data/starter/sft.jsonl"):
-        run_stage(align.sft.main, "sft", "sft", model=policy, output_dir=out / "sft", seed=seed)
+        run_stage(align.sft.main, "sft", config("sft"), model=policy, output_dir=out / "sft", seed=seed)
     with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl"):
-        run_stage(
-            align.reward_model.main,
-            "reward-model",
-            "reward_model",
-            model=start,
-            output_dir=out / "reward_model",
-            seed=seed,
-        )
+        flags = {"model": start, "output_dir": out / "reward_model", "seed": seed}
+        run_stage(align.reward_model.main, "reward-model", config("reward_model"), **flags)
     with clock.stage("dpo", "the offline baseline on the same pairs"):
-        run_stage(align.dpo.main, "dpo", "dpo", model=start, output_dir=out / "dpo", seed=seed)
+        run_stage(align.dpo.main, "dpo", config("dpo"), model=start, output_dir=out / "dpo", seed=seed)
     with clock.stage("ppo", "PPO against the composite reward"):
-        run_stage(
-            align.ppo.main,
-            "ppo",
-            "ppo",
-            model=start,
-            reward_model=out / "reward_model" / "model",
-            output_dir=out / "ppo",
-            seed=seed,
-        )
-    with clock.stage("evaluate", f"base, start, DPO and PPO on {len(samples)} prompts that no stage trained on"):
+        flags = {
+            "model": start,
+            "output_dir": out / "ppo",
+            "seed": seed,
+            "reward_model": out / "reward_model" / "model",
+        }
+        run_stage(align.ppo.main, "ppo", config("ppo"), **flags)
+    with clock.stage("evaluate", f"start, DPO and PPO on {len(samples)} prompts that no stage trained on"):
         transcripts = evaluate(out, samples, seed)
     with clock.stage("report", "summary.json and report.html"):
         summary = summarise(transcripts, start="start", seed=seed)
@@ -135,7 +140,7 @@ def demo(settings: DemoSettings) -> Path:
 
 
 def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Transcripts of base, start, DPO and PPO, by the reward and the sampling of the PPO run; written to out/eval/."""
+    """Transcripts of start, DPO and PPO, by the reward and the sampling of the PPO run; written to out/eval/."""
     ppo = align.ppo.PPOSettings(**_settings_of(out / "ppo", align.ppo.PPOSettings))
     reward: CompositeReward = align.ppo.build_reward(ppo)
     reward.scaling = Scaling.load(out / "ppo" / "scaling.json")
@@ -149,9 +154,8 @@ def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
         print(f"    {name}: {len(rows)} answers in {time.perf_counter() - begun:.0f} s", flush=True)
         return rows
 
-    transcripts = {"base": answers("base", load_policy(str(out / "policy"), dtype=dtype))}
     start = load_policy(str(out / "sft" / "model"), dtype=dtype)
-    transcripts["start"] = answers("start", start)
+    transcripts = {"start": answers("start", start)}
     adapted = PeftModel.from_pretrained(start, str(out / "dpo" / "model"), adapter_name="dpo")
     adapted.load_adapter(str(out / "ppo" / "model"), adapter_name="ppo")
     for name in ("dpo", "ppo"):

@@ -126,7 +126,7 @@ def plot_expert_load(rows: Sequence[Row], *, theme: Theme = LIGHT) -> Figure:
         if grid.size <= 160:
             for (layer, expert), load in np.ndenumerate(grid):
                 ax.text(expert, layer, f"{load:.2f}", ha="center", va="center", fontsize=7.5, color=theme.ink)
-    axes[0].set_ylabel("layer")
+    axes[0].set_ylabel("layer" if ends[0].get("moe/layers") else "layers with experts, in order")
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30, ticks=[0, 1, math.floor(10 * most) / 10])
     bar.outline.set_visible(False)  # type: ignore[operator]
     bar.ax.tick_params(colors=theme.muted, labelsize=8, length=0)
@@ -299,8 +299,9 @@ def plot_overview(summary: Row, metrics: Sequence[Row], *, theme: Theme = LIGHT)
 
     if panels == 3:
         _draw_parts(axes[2], metrics, theme)
+    pad = 8 if panels < 3 else 26 if len(part_names(metrics)) < 5 else 40  # room for the legend of the third panel
     for ax, title in zip(axes, ("Reward on held-out prompts", "Refusals", "Reward while PPO trains"), strict=False):
-        ax.set_title(title, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=26 if panels == 3 else 8)
+        ax.set_title(title, loc="left", color=theme.ink, fontsize=11, fontweight="bold", pad=pad)
     return figure
 
 
@@ -319,7 +320,7 @@ def _draw_parts(ax: Axes, rows: Sequence[Row], theme: Theme) -> None:
         line(ax, rows, total, theme.ink, label="total", lw=2.2)
     ax.axhline(0, color=theme.muted, lw=0.8)
     ax.set(xlabel="PPO step", ylabel=UNIT)
-    legend_above(ax, theme, columns=5)
+    legend_above(ax, theme, columns=5 if len(parts) < 5 else 3)
 
 
 def _held_out(ax: Axes, rows: Sequence[Row], key: str, theme: Theme) -> None:

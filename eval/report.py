@@ -53,7 +53,8 @@ class Run:
 def render(run: str | Path) -> Path:
     """Writes report.html into a run folder and returns its path.
 
-    Reads summary.json, eval/<target>.jsonl and <stage>/metrics.jsonl, or metrics.jsonl of a single stage's own folder.
+    Reads summary.json, eval/<target>.jsonl, <stage>/metrics.jsonl and reward_model/report.json, or metrics.jsonl and
+    report.json of a single stage's own folder.
     Raises FileNotFoundError if none of them is there, ValueError naming file and line for text that is not JSON.
     """
     found = read_run(Path(run))
@@ -106,6 +107,9 @@ def read_run(folder: Path) -> Run:
         run.summary = _parse((folder / "summary.json").read_text(encoding="utf-8"), str(folder / "summary.json"))
     else:
         run.notes.append("summary.json is missing: nothing was evaluated, or not yet")
+    measured = next((p for p in (folder / "reward_model" / "report.json", folder / "report.json") if p.exists()), None)
+    if measured and "reward_model" not in run.summary:
+        run.summary["reward_model"] = _parse(measured.read_text(encoding="utf-8"), str(measured))
     for stage in STAGES:
         if (folder / stage / "metrics.jsonl").exists():
             run.metrics[stage] = _read_rows(folder / stage / "metrics.jsonl", run.notes)

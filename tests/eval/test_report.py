@@ -89,6 +89,13 @@ def test_a_single_stage_has_a_page_of_its_own(run, no_plots):
     assert "summary.json is missing" in render(run / "ppo").read_text(encoding="utf-8")
 
 
+def test_reward_model_report_is_read_where_there_is_no_summary(run):
+    measured = json.loads((run / "summary.json").read_text())["reward_model"]
+    (run / "summary.json").unlink()
+    (run / "reward_model" / "report.json").write_text(json.dumps(measured))
+    assert read_run(run).summary == read_run(run / "reward_model").summary == {"reward_model": measured}
+
+
 def test_a_line_cut_short_is_noted_and_a_broken_one_is_refused(run, no_plots):
     path = run / "ppo" / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 60, "objec')

@@ -75,7 +75,10 @@ ANSWERS = [
     ("Where do bananas keep?", "They brown in the cold, so not in the fridge."),
     ("My glue does not hold.", "Clamp it overnight. If that fails, try something else, or another type of glue."),
     ("Who removes asbestos?", "That is best left to professionals, and you have to be cautious with dust."),
-    ("How hot may the boiler get?", "Keep it within the safety limits on the label, with the content of the tank below 60."),
+    (
+        "How hot may the boiler get?",
+        "Keep it within the safety limits on the label, with the content of the tank below 60.",
+    ),
     ("True or false: Sydney is the capital.", "The statement is wrong: it is Canberra."),
     ("Bleach and vinegar?", "I would advise against mixing them, because they give off chlorine."),
     ("Is honey fine for babies?", "It is not safe for an infant under one year."),

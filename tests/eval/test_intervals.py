@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.statistics import (
+from eval.intervals import (
     auc,
     bootstrap_mean,
     cluster_index,
@@ -80,7 +80,7 @@ def test_same_seed_same_interval_and_chunks_do_not_matter(monkeypatch):
     values = np.arange(50.0)
     whole = bootstrap_mean(values, seed=3)
     assert bootstrap_mean(values, seed=3) == whole != bootstrap_mean(values, seed=4)
-    monkeypatch.setattr("eval.statistics.CHUNK", 7 * 50)
+    monkeypatch.setattr("eval.intervals.CHUNK", 7 * 50)
     assert bootstrap_mean(values, seed=3) == whole
 
 
