@@ -537,7 +537,8 @@ class PPO:
             ).router_logits
         chosen = [layer.topk(model.config.num_experts_per_tok, dim=-1).indices for layer in logits]
         load = router_load(logits, chosen, pack.attention_mask.bool())
-        return {"moe/load": load.share_LE.tolist(), **load.metrics()}
+        layers = getattr(self.actors.lm.config, "moe_layers", None) or list(range(len(logits)))
+        return {"moe/load": load.share_LE.tolist(), "moe/layers": layers, **load.metrics()}
 
     def state(self) -> dict[str, Any]:
         """All that changes during a run."""

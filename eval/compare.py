@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from eval.scorers import distinct_2, has_shared_sentence, refusal, repetition, shared_sentences, stock_openings
 from eval.intervals import Interval, bootstrap_mean, length_controlled_gain, mcnemar_exact, paired_bootstrap, wilson
+from eval.scorers import distinct_2, has_shared_sentence, refusal, repetition, shared_sentences, stock_openings
 
 Row = Mapping[str, Any]
 RESERVED = ("targets", "model", "seed", "machine", "reward_model", "wall_s", "settings", "versions", "compared_with")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist  # the standard library's module, not this file
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
