@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -147,7 +147,7 @@ class Actors:
                 peft.add_adapter(CRITIC, copy.deepcopy(lora))
             peft.set_adapter(POLICY)
             peft.eval()
-            self._peft, self.lm = peft, peft.get_base_model()
+            self._peft, self.lm = peft, cast(PreTrainedModel, peft.get_base_model())
         else:
             self.lm = backbone
             self._reference = copy.deepcopy(backbone).requires_grad_(False)
@@ -224,7 +224,7 @@ class Actors:
     def save_policy(self, folder: Path) -> None:
         """The policy as others load it: an adapter folder in LoRA mode, a model folder otherwise."""
         if self._peft is not None:
-            self._peft.save_pretrained(folder, selected_adapters=[POLICY])
+            self._peft.save_pretrained(str(folder), selected_adapters=[POLICY])
             # PEFT puts a named adapter one folder down; users expect adapter_config.json at the top
             for file in (folder / POLICY).iterdir():
                 file.replace(folder / file.name)

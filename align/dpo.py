@@ -55,7 +55,7 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
         )
     settings.check_precision(args)
     resolve_model_source(settings.model)
-    run = open_run(args.output_dir, settings, args)
+    run = open_run(args.output_dir or "runs/dpo", settings, args)
     tokenizer = load_tokenizer(settings.model)
     model = load_start(settings.model, dtype=settings.weight_dtype)
 

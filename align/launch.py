@@ -53,7 +53,7 @@ def parse_settings(
 
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    known = {}
+    known: dict[str, Any] = {}
     for cls in classes:
         types = typing.get_type_hints(cls)  # not Field.type: the parser rewrites that on its first run
         known |= {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}
@@ -67,7 +67,7 @@ def parse_settings(
         name = flag[2:].split("=")[0].replace("-", "_").removeprefix("no_")
         if name not in known:
             raise ValueError(f"command line: unknown setting {flag!r}{_nearest(name, known)}")
-    parser = TrlParser(classes)
+    parser = TrlParser(list(classes))  # type: ignore[arg-type]
     parser.set_defaults(**(defaults or {}))
     return parser.parse_args_and_config(args=argv)
 

@@ -65,7 +65,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
         )
     settings.check_precision(args)
     resolve_model_source(settings.model)
-    run = open_run(args.output_dir, settings, args)
+    run = open_run(args.output_dir or "runs/reward_model", settings, args)
     tokenizer = load_tokenizer(settings.model)
     model = load_scalar_model(settings.model, dtype=settings.weight_dtype, attn_implementation=default_attention())
     rows = [

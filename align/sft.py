@@ -45,7 +45,7 @@ def train(settings: SFTSettings, args: SFTConfig) -> Path:
     eval_rows = read_sft(resolve_path(settings.eval_file)) if settings.eval_file else None
     settings.check_precision(args)
     resolve_model_source(settings.model)
-    run = open_run(args.output_dir, settings, args)
+    run = open_run(args.output_dir or "runs/sft", settings, args)
     tokenizer = load_tokenizer(settings.model)
     model = load_start(settings.model, dtype=settings.weight_dtype)
     trainer = _Trainer(

@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def demo(settings: DemoSettings) -> Path:
     with clock.stage("sft", "supervised fine-tuning on data/starter/sft.jsonl"):
         run_stage(align.sft.main, "sft", config("sft"), model=policy, output_dir=out / "sft", seed=seed)
     with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl"):
-        flags = {"model": start, "output_dir": out / "reward_model", "seed": seed}
+        flags: dict[str, str | Path | int] = {"model": start, "output_dir": out / "reward_model", "seed": seed}
         run_stage(align.reward_model.main, "reward-model", config("reward_model"), **flags)
     with clock.stage("dpo", "the offline baseline on the same pairs"):
         run_stage(align.dpo.main, "dpo", config("dpo"), model=start, output_dir=out / "dpo", seed=seed)
@@ -146,11 +146,18 @@ def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
     reward.scaling = Scaling.load(out / "ppo" / "scaling.json")
     dtype = pick_dtype(ppo.dtype)
     tokenizer = load_tokenizer(str(out / "policy"))
-    sampling = {"max_new_tokens": ppo.max_new_tokens, "temperature": ppo.temperature}
 
     def answers(name: str, model) -> list[dict[str, Any]]:
         begun = time.perf_counter()
-        rows = transcribe(model, tokenizer, samples, reward=reward, seed=seed + 7, **sampling)
+        rows = transcribe(
+            model,
+            tokenizer,
+            samples,
+            reward=reward,
+            max_new_tokens=ppo.max_new_tokens,
+            temperature=ppo.temperature,
+            seed=seed + 7,
+        )
         print(f"    {name}: {len(rows)} answers in {time.perf_counter() - begun:.0f} s", flush=True)
         return rows
 
@@ -167,7 +174,7 @@ def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
                 for row in rows:
                     row["kl"] = 0.0
             else:
-                add_kl(rows, adapted.get_base_model(), tokenizer, temperature=ppo.temperature)
+                add_kl(rows, start, tokenizer, temperature=ppo.temperature)
     for name, rows in transcripts.items():
         write_rows(out / "eval" / f"{name}.jsonl", rows)
     return transcripts
@@ -175,7 +182,7 @@ def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
 
 def _settings_of(run: Path, cls: type) -> dict[str, Any]:
     stored = yaml.safe_load((run / "settings.yaml").read_text())
-    return {name: stored[name] for name in cls.__dataclass_fields__ if name in stored}
+    return {field.name: stored[field.name] for field in fields(cls) if field.name in stored}
 
 
 def machine() -> dict[str, Any]:

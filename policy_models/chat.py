@@ -1,6 +1,7 @@
 """Conversations in, answers out: chat template, stop tokens, decoding to text around the rollout engine."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ Messages = list[dict[str, str]]
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Messages]) -> list[list[int]]:
     """Chat template with the turn of the assistant opened, one list of ids a prompt."""
-    encoded = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template(list(prompts), add_generation_prompt=True, return_dict=True)
     return [list(ids) for ids in encoded["input_ids"]]
 
 

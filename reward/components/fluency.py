@@ -29,6 +29,7 @@ FLOOR = -10.0  # about log(1 / vocabulary): random tokens
 REPETITION_WEIGHT = 8.0
 REPETITION_FREE = 0.05  # share of repeated 3-grams that ordinary text has
 DEGENERATE_WEIGHT = 6.0
+WORDLIKE_FREE = 0.3
 
 
 class Fluency:
@@ -123,13 +124,13 @@ def degenerate_charge(text: str, tokens: Sequence[int]) -> float:
     """Nats for text that is hardly text: few letters or digits, or one token over and over.
 
     The share of letters, digits and the marks that combine with them, among characters that are not blank, may fall to
-    one half (code, sums) free of charge; a run of up to four equal tokens is free.
+    0.3 (code, sums) free of charge; a run of up to four equal tokens is free. At most 2 * DEGENERATE_WEIGHT.
     """
     solid = [char for char in text if not char.isspace()]
     wordlike = sum(unicodedata.category(char)[0] in "LMN" for char in solid)  # letters, combining marks, numbers
     share = wordlike / len(solid) if solid else 0.0
     run = max((len(list(group)) for _, group in groupby(tokens)), default=0)
-    return DEGENERATE_WEIGHT * (max(0.0, 0.5 - share) * 2 + min(1.0, max(0, run - 4) / 8))
+    return DEGENERATE_WEIGHT * (max(0.0, WORDLIKE_FREE - share) / WORDLIKE_FREE + min(1.0, max(0, run - 4) / 8))
 
 
     return unicodedata.category(char).startswith("M")

@@ -91,7 +91,7 @@ def test_repetition_charge_by_hand(tokens, want):
         ("Привет, мир", [1, 2], 0.0),  # letters of any script
         ("नमस्ते", [1, 2], 0.0),  # and the marks that combine with them
         ("!!! ??? ***", [1, 2, 3], 6.0),
-        ("ab!!!!!!", [1, 2, 3], 6.0 * 2 * (0.5 - 0.25)),
+        ("ab!!!!!!", [1, 2, 3], 6.0 * (0.3 - 0.25) / 0.3),
         ("aaaa", [5] * 4, 0.0),  # four in a row are free
         ("aaaa", [5] * 8, 6.0 * 0.5),
         ("aaaa", [5] * 40, 6.0),  # at most
