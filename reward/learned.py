@@ -52,7 +52,9 @@ class LearnedPreference:
             model = model or load_scalar_model(str(model_path), dtype=dtype)
             tokenizer = tokenizer or load_tokenizer(str(model_path))
         if model.config.num_labels != 1:
-            raise ValueError(f"a preference model has one label, {model_path or 'this model'} has {model.config.num_labels}")
+            raise ValueError(
+                f"a preference model has one label, {model_path or 'this model'} has {model.config.num_labels}"
+            )
         self.model, self.tokenizer = model, tokenizer
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:

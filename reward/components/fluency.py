@@ -133,9 +133,6 @@ def degenerate_charge(text: str, tokens: Sequence[int]) -> float:
     return DEGENERATE_WEIGHT * (max(0.0, WORDLIKE_FREE - share) / WORDLIKE_FREE + min(1.0, max(0, run - 4) / 8))
 
 
-    return unicodedata.category(char).startswith("M")
-
-
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template is None:
         return tokenizer("\n")["input_ids"]

@@ -14,7 +14,9 @@ from safety.verifier.toxicity import ToxicityScanner, load_toxicity_scanner
 class Toxicity:
     """Scores in [0, 1]. A blank answer has 0: there is nothing toxic in it (safety and fluency charge for silence)."""
 
-    min_std = 0.05  # reference answers are nearly all near 0; without it the tenth of a percent between them would count
+    min_std = (
+        0.05  # reference answers are nearly all near 0; without it the tenth of a percent between them would count
+    )
 
     def __init__(self, *, scanner: ToxicityScanner | None = None, name: str = "toxicity") -> None:
         self.name = name
