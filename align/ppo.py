@@ -308,47 +308,47 @@ class PPO:
 
         kl_B = kl_estimate(batch.old_logp, batch.ref_logp, "k1").masked_fill(~batch.keep, 0.0).sum(dim=1)
         unexplained = (returns - batch.old_value)[keep].double()
-        totals = self.all_reduce(
-            torch.stack(
-                [
-                    torch.tensor(float(len(batch)), device=device),
-                    kl_B.sum(),
-                    score.sum(),
-                    rewards.sum(),
-                    batch.finished.float().sum(),
-                    batch.keep.sum().float(),
-                    (batch.old_logp - batch.sample_logp).abs().masked_fill(~batch.keep, 0.0).sum(),
-                    keep.sum().float(),
-                    returns[keep].double().sum().float(),
-                    returns[keep].double().square().sum().float(),
-                    unexplained.sum().float(),
-                    unexplained.square().sum().float(),
-                    (~scored).float().sum(),
-                ]
-            ).double()
-        ).tolist()
-        n, kl_sum, score_sum, reward_sum, ended, tokens, mismatch, kept, r1, r2, u1, u2, dropped = totals
-        kept = max(kept, 1.0)
-        variance = r2 / kept - (r1 / kept) ** 2
-        return (
-            keep,
-            white,
-            returns,
+        totals = self.sum_over_ranks(
             {
-                "objective/kl": kl_sum / n,
-                "objective/scores": score_sum / n,
-                "objective/rlhf_reward": reward_sum / n,
-                "objective/non_score_reward": (reward_sum - score_sum) / n,
-                "rollout/answer_tokens_mean": tokens / n,
-                "rollout/answer_tokens_max": float(batch.keep.sum(dim=1).max()),
-                "rollout/finished_share": ended / n,
-                "rollout/logp_mismatch": mismatch / max(tokens, 1.0),
-                "rollout/dropped_rows": dropped,
-                "rollout/answers": n,
-                "rollout/answer_tokens": tokens,
-                "val/explained_variance": 1.0 - (u2 / kept - (u1 / kept) ** 2) / variance if variance > 0 else 0.0,
-            },
+                "answers": torch.tensor(len(batch)),
+                "scored": scored.sum(),
+                "kl": kl_B.sum(),
+                "score": score.sum(),
+                "reward": rewards.sum(),
+                "finished": batch.finished.sum(),
+                "tokens": batch.keep.sum(),
+                "mismatch": (batch.old_logp - batch.sample_logp).abs().masked_fill(~batch.keep, 0.0).sum(),
+                "kept": keep.sum(),
+                "return": returns[keep].double().sum(),
+                "return_squared": returns[keep].double().square().sum(),
+                "unexplained": unexplained.sum(),
+                "unexplained_squared": unexplained.square().sum(),
+            }
         )
+        answers, num_scored = totals["answers"], max(totals["scored"], 1.0)
+        tokens, kept = max(totals["tokens"], 1.0), max(totals["kept"], 1.0)
+        variance = totals["return_squared"] / kept - (totals["return"] / kept) ** 2
+        residual = totals["unexplained_squared"] / kept - (totals["unexplained"] / kept) ** 2
+        measured = {
+            "objective/kl": totals["kl"] / answers,
+            "objective/scores": totals["score"] / num_scored,
+            "objective/rlhf_reward": totals["reward"] / num_scored,
+            "objective/non_score_reward": (totals["reward"] - totals["score"]) / num_scored,
+            "rollout/answer_tokens_mean": totals["tokens"] / answers,
+            "rollout/answer_tokens_max": float(batch.keep.sum(dim=1).max()),
+            "rollout/finished_share": totals["finished"] / answers,
+            "rollout/logp_mismatch": totals["mismatch"] / tokens,
+            "rollout/dropped_rows": answers - totals["scored"],
+            "rollout/answers": answers,
+            "rollout/answer_tokens": totals["tokens"],
+            "val/explained_variance": 1.0 - residual / variance if variance > 0 else 0.0,
+        }
+        return keep, white, returns, measured
+
+    def sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, float]:
+        """Scalars summed over all ranks, in one exchange."""
+        flat = torch.stack([value.to(self.accelerator.device, torch.float64) for value in totals.values()])
+        return dict(zip(totals, self.all_reduce(flat).tolist(), strict=True))
 
     # 6. updates -------------------------------------------------------------------------------------------------------
 
