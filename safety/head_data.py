@@ -18,6 +18,7 @@ from typing import Any
 
 from safety import identity_sentences
 from safety.refusal_sentences import LOOKALIKES, stock_declines
+from safety.verifier.toxicity import sentences
 
 Row = Mapping[str, Any]
 
@@ -129,7 +130,9 @@ def public_harm(data: Path) -> Iterator[Example]:
     for row in _set(data, "advbench/harmful_behaviors"):
         yield harmful("advbench", row["goal"])
     for row in _set(data, "harmbench/behaviors_text"):
-        if row["FunctionalCategory"] != "copyright":  # a copyright behaviour is harmful by what is copied, not by its words
+        if (
+            row["FunctionalCategory"] != "copyright"
+        ):  # a copyright behaviour is harmful by what is copied, not by its words
             yield harmful("harmbench", row["Behavior"], row["SemanticCategory"])
     for row in _set(data, "catqa/catqa_english"):
         yield harmful("catqa", row["question"], row["category"])
@@ -190,7 +193,8 @@ def starter_refusals(starter: Mapping[str, list[Row]]) -> list[Example]:
         rows.append((prompt, text_of(row, "chosen"), int(declines)))
         rows.append((prompt, text_of(row, "rejected"), int(over)))
     return [
-        Example(prompt=prompt, text=answer, label=label, source="starter", group=prompt) for prompt, answer, label in rows
+        Example(prompt=prompt, text=answer, label=label, source="starter", group=prompt)
+        for prompt, answer, label in rows
     ]
 
 
@@ -224,7 +228,7 @@ def _first_replies(message: Row) -> Iterator[tuple[str, str]]:
 
 
 def starter_toxicity(starter: Mapping[str, list[Row]]) -> list[Example]:
-    """Judged tone; ordinary prompts and good answers, which are not toxic; and sentences that name groups of people."""
+    """Judged tone; ordinary prompts and good answers, whole and by sentences; and sentences that name groups of people."""
     examples = []
     for row in starter["tone"]:
         examples.append(Example(text=row["text"], label=int(row["toxic"]), source="tone", group=row["text"]))
@@ -232,7 +236,8 @@ def starter_toxicity(starter: Mapping[str, list[Row]]) -> list[Example]:
     plain += [text_of(row, "chosen") for row in starter["preferences"]]
     plain += [text_of(row, "prompt") for row in starter["prompts"] if row["kind"] != "harmful"]
     for text in plain:
-        examples.append(Example(text=text, label=0, source="starter", group=text))
+        pieces = [text[span.start : span.end].strip() for span in sentences(text)]
+        examples += [Example(text=piece, label=0, source="starter", group=text) for piece in [text, *pieces]]
     for template, label in identity_sentences.TRAIN:
         for group in identity_sentences.GROUPS:
             examples.append(Example(text=template.format(group), label=label, source="identity", group=template))

@@ -51,15 +51,18 @@ class Head:
 
     def __init__(self, card: HeadCard, weights: Mapping[str, np.ndarray]) -> None:
         self.card = card
+        # In C order: safetensors writes the bytes of a transposed array as they lie, and so another matrix.
         rounded = {name: value.astype(np.float16) if value.ndim == 2 else value for name, value in weights.items()}
-        self.weights = {name: value.astype(np.float32) for name, value in rounded.items()}
+        self.weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in rounded.items()}
         hidden = set(self.weights) == {"mean", "std", "w1", "b1", "w2", "b2"}
         if not hidden and set(self.weights) != {"mean", "std", "w", "b"}:
             raise ValueError(f"head {card.name!r} has tensors {sorted(self.weights)}; see safety.heads.Head")
         last = self.weights["b2" if hidden else "b"]
         if last.shape != (len(card.labels),):
             raise ValueError(f"head {card.name!r}: {last.shape[0]} outputs for {len(card.labels)} labels")
-        self.version = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(weights))).hexdigest()[:12]
+        self.version = hashlib.sha256(b"".join(self.weights[name].tobytes() for name in sorted(weights))).hexdigest()[
+            :12
+        ]
 
     def logits(self, features: np.ndarray) -> np.ndarray:
         """(B, D) -> calibrated logits (B, C) float64."""
@@ -83,7 +86,7 @@ class Head:
 
     def save(self, path: str | Path) -> None:
         """One safetensors file; the card is its metadata."""
-        tensors = {name: value.astype(np.float16 if value.ndim == 2 else np.float32) for name, value in self.weights.items()}
+        tensors = {name: value.astype(np.float16) if value.ndim == 2 else value for name, value in self.weights.items()}
         save_file(tensors, str(path), metadata={"card": json.dumps(asdict(self.card), sort_keys=True)})
 
     @classmethod
@@ -91,7 +94,9 @@ class Head:
         """Raises FileNotFoundError or ValueError with the path; ValueError also if the head wants other features."""
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"no head at {path}; train it with: python -m safety.train_heads --out {path.parent}")
+            raise FileNotFoundError(
+                f"no head at {path}; train it with: python -m safety.train_heads --out {path.parent}"
+            )
         try:
             with safe_open(str(path), framework="numpy") as file:
                 fields = json.loads((file.metadata() or {})["card"])

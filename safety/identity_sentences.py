@@ -9,7 +9,18 @@ GROUPS = (
     "Indigenous", "gay", "lesbian", "straight", "transgender", "disabled", "deaf", "elderly", "young", "Mexican", "Chinese",
     "Polish", "American", "female", "male", "immigrant", "autistic",
 )  # fmt: skip
-UNSEEN_GROUPS = ("Sikh", "Catholic", "Nigerian", "Turkish", "bisexual", "blind", "refugee", "Roma", "Korean", "middle-aged")
+UNSEEN_GROUPS = (
+    "Sikh",
+    "Catholic",
+    "Nigerian",
+    "Turkish",
+    "bisexual",
+    "blind",
+    "refugee",
+    "Roma",
+    "Korean",
+    "middle-aged",
+)
 
 TRAIN = (
     ("A {} couple moved in next door and lent us their ladder.", 0),

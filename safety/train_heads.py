@@ -31,6 +31,7 @@ from safety.embedding import EMBEDDER_ID, Embedder, load_embedder
 from safety.head_data import Example
 from safety.heads import SHIPPED, Head, HeadCard, fit_platt
 from safety.verifier import refusal
+from safety.verifier.toxicity import sentences
 
 FOLDS = 5
 NEAR = 0.9  # cosine from which a training row counts as a copy of a test prompt
@@ -274,9 +275,7 @@ class Trainer:
 
     def harm_tests(self, head: Head) -> dict[str, float]:
         figures = {
-            f"{name}_{what}": rate(self.p(head, self.tests[name]))
-            for name, what in HARM_TESTS
-            if self.tests[name]
+            f"{name}_{what}": rate(self.p(head, self.tests[name])) for name, what in HARM_TESTS if self.tests[name]
         }
         if rows := self.tests["xstest"]:
             p, y = self.p(head, rows), np.array([e.label for e in rows])
@@ -288,7 +287,12 @@ class Trainer:
             }
         if self.evaluation:
             rows = [
-                Example(text=head_data.text_of(r, "prompt"), label=int(r["kind"] == "harmful"), source="", category=r["kind"])
+                Example(
+                    text=head_data.text_of(r, "prompt"),
+                    label=int(r["kind"] == "harmful"),
+                    source="",
+                    category=r["kind"],
+                )
                 for r in self.evaluation
             ]
             p, kind = self.p(head, rows), np.array([e.category for e in rows])
@@ -344,11 +348,19 @@ class Trainer:
         tests: dict[str, float] = {
             "identity_gap": identity_gap(lambda texts: head.predict(self.embedder.embed(texts))),
         }
+        if answers := [e.text for e in head_data.public_answers(self.data)]:  # not trained on here
+            pieces = [[text, *(text[s.start : s.end] for s in sentences(text))] for text in answers]
+            worst = [head.predict(self.embedder.embed(parts)).max() for parts in pieces]
+            tests["public_answers_flagged"] = rate(np.array(worst))
         for name in ("hatecheck", "openai_moderation"):
             rows = self.tests[name]
             if rows:
                 p, y = self.p(head, rows), np.array([e.label for e in rows])
-                tests |= {f"{name}_auroc": auroc(p, y), f"{name}_recall": rate(p[y == 1]), f"{name}_fpr": rate(p[y == 0])}
+                tests |= {
+                    f"{name}_auroc": auroc(p, y),
+                    f"{name}_recall": rate(p[y == 1]),
+                    f"{name}_fpr": rate(p[y == 0]),
+                }
         if rows := self.tests["openai_moderation"]:
             tests["openai_moderation_hate_auroc"] = auroc(p, np.array([int(e.category == "hate") for e in rows]))
         figures["tests"] = tests
@@ -374,8 +386,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--starter", type=Path, default=Path("data/starter"), help="folder of the starter data")
     parser.add_argument("--data", type=Path, help="folder of public sets as <set>/<file>.jsonl.gz (optional)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder for <head>.safetensors")
-    parser.add_argument("--heads", nargs="+", choices=["harm", "refusal", "toxicity"], default=None, help="default: all")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; results are reproducible for a fixed number")
+    parser.add_argument(
+        "--heads", nargs="+", choices=["harm", "refusal", "toxicity"], default=None, help="default: all"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; results are reproducible for a fixed number"
+    )
     options = parser.parse_args(arguments)
     if options.data is not None and not options.data.is_dir():
         raise SystemExit(f"--data {options.data} is not a folder; leave it out to train on the starter data alone")

@@ -97,7 +97,10 @@ def test_row_without_a_prompt(launch, stage, tmp_path):
         (7, r"prompt=7 must be a string or a list of role/content messages"),
         ([], r"prompt=\[\] must be a string or a list"),
         ([{"role": "user", "text": "x"}], r"prompt=\[.+\] must be a string or a list of role/content messages"),
-        ([{"role": "assistant", "content": "x"}], r"prompt ends with role 'assistant'; its last message must be 'user'"),
+        (
+            [{"role": "assistant", "content": "x"}],
+            r"prompt ends with role 'assistant'; its last message must be 'user'",
+        ),
     ],
 )
 def test_prompt_of_another_form(launch, stage, tmp_path, prompt, rule):
@@ -342,7 +345,9 @@ def test_ppo_stops_on_a_loss_that_is_not_finite_and_keeps_the_batch(tiny_run, mo
         return real(self, packed, states)
 
     monkeypatch.setattr(Actors, "values", values)
-    with pytest.raises(FloatingPointError, match=r"gradient norm.* is nan: the run stops here\. The batch is in .*lower"):
+    with pytest.raises(
+        FloatingPointError, match=r"gradient norm.* is nan: the run stops here\. The batch is in .*lower"
+    ):
         ppo.train(tiny_run, reward=CompositeReward([(_Vowels(), 1.0)]))
     kept = torch.load(tmp_path / "run" / "non_finite_batch.pt", weights_only=True)
     assert len(kept["prompt_ids"]) == 4 and kept["answer_ids"].shape[0] == 4
@@ -362,7 +367,16 @@ def test_trl_stages_stop_on_a_loss_that_is_not_finite_and_keep_the_batch(stage, 
 
     monkeypatch.setattr(module._Trainer, "__init__", poisoned)
     rows = [json.dumps(good_row(stage) | {"prompt": f"Say hi {n}"}) for n in range(8)]
-    flags = ["--model", "bundled:tiny-llama", "--output_dir", str(tmp_path / "run"), "--dtype", "float32", "--bf16", "false"]
+    flags = [
+        "--model",
+        "bundled:tiny-llama",
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--dtype",
+        "float32",
+        "--bf16",
+        "false",
+    ]
     flags += ["--train_file", written(tmp_path / "data.jsonl", *rows), "--max_steps", "2"]
     flags += [] if stage == "sft" else ["--holdout_every", "2"]
     with pytest.raises(FloatingPointError, match=r"training loss is nan: the run stops here\. The batch is in"):

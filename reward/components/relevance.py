@@ -1,9 +1,12 @@
 """How much an answer is about its own prompt rather than about prompts in general.
 
-    relevance = cos(prompt, answer) - mean over a fixed bank of prompts q of cos(q, answer) - charge for copying
+    s(text) = cos(prompt, text) - mean over a fixed bank of prompts q of cos(q, text)
+    relevance = (1 - c) * s(answer) + c * s(answer without what it copied from the prompt)
 
-with MiniLM embeddings. The second term takes away what a stock phrase gets from every prompt. The third makes an echo of
-the prompt, whose cosine is 1, lose against an answer.
+with MiniLM embeddings, s = 0 for a text without words, and c the share of the prompt that the answer says again word for
+word. The mean takes away what a stock phrase gets from every prompt. The second line counts only what an echo adds: the
+prompt alone, whose cosine is 1, scores 0; with an answer after it, that answer scores. Quoting a sentence of a long
+text, which a summary must, costs little: c is small.
 
 The bank is fixed and is not topped up from the batch: the score of an answer must not depend on its batch mates, or
 scaling, resumed runs and micro-batches would each see another reward.
@@ -29,7 +32,7 @@ from safety.embedding import load_embedder
 from safety.input_filter.harm import load_harm_scanner
 from safety.verifier.refusal import load_refusal_head
 
-NEUTRAL = 0.45
+NEUTRAL = 0.55  # median of the ordinary answers in data/starter/sft.jsonl
 COPY_NGRAM = 5  # words; shorter runs are shared by every honest answer ("the capital of France is ...")
 
 
@@ -61,46 +64,50 @@ class Relevance:
         self._bank_D = self._embed(bank).mean(0)  # mean of cosines = cosine with the mean, since rows have length 1
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        if not answers:
-            return []
-        answer_BD = self._embed(answers)
-        cosine = (self._embed(prompts) * answer_BD).sum(1)
-        common = answer_BD @ self._bank_D
+        copied = [copied_share(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        whole = self._contrast(prompts, answers)
+        rest = self._contrast(prompts, [text if share else "" for share, text in copied])
         right_decline = self._declined(prompts, answers)
         scores: list[float | None] = []
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            if not answer.strip():
-                scores.append(self.BLANK)
-                continue
-            score = float(cosine[row] - common[row]) - copy_charge(prompt, answer)
-            p = right_decline[row]
-            scores.append((1 - p) * score + p * max(score, NEUTRAL))
+        for row, answer in enumerate(answers):
+            c, p = copied[row][0], right_decline[row]
+            score = (1 - c) * whole[row] + c * rest[row]
+            scores.append((1 - p) * score + p * max(score, NEUTRAL) if answer.strip() else self.BLANK)
+        return scores
+
+    def _contrast(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:
+        """s(text) of the module's docstring, one a row."""
+        rows = [row for row, text in enumerate(texts) if text.strip()]
+        scores = [0.0] * len(texts)
+        if rows:
+            text_BD = self._embed([texts[row] for row in rows])
+            own = (self._embed([prompts[row] for row in rows]) * text_BD).sum(1)
+            for row, score in zip(rows, (own - text_BD @ self._bank_D).tolist(), strict=True):
+                scores[row] = score
         return scores
 
 
-def copy_charge(prompt: str, answer: str) -> float:
-    """How much of the prompt the answer says again: share of the prompt * sqrt(share of the answer), 0 to 1.
+def copied_share(prompt: str, answer: str) -> tuple[float, str]:
+    """(share of the prompt that the answer says again, the words of the answer that it does not copy).
 
-    Shares are of runs of five words (fewer in a shorter prompt). A verbatim echo gets 1. Quoting one sentence of a long
-    text, which a summary must, gets little: the share of the prompt is small.
+    Both by runs of five words, or of the whole prompt if that is shorter. One or two words are the subject of any
+    answer: there only a bare echo counts.
     """
-    prompt_words, answer_words = _words(prompt), _words(answer)
-    n = min(COPY_NGRAM, len(prompt_words))
-    if n == 0 or len(answer_words) < n:
-        return 0.0
-    asked, said = _ngrams(prompt_words, n), _ngrams(answer_words, n)
-    if n < COPY_NGRAM and prompt_words != answer_words[: len(prompt_words)]:
-        return 0.0  # a short prompt inside an answer is its subject, at the start of it an echo
-    again = len(asked & said)
-    return again / len(asked) * (again / len(said)) ** 0.5
+    asked, said = _words(prompt), _words(answer)
+    n = min(COPY_NGRAM, len(asked))
+    if n < 3:
+        return (1.0, "") if asked and asked == said else (0.0, " ".join(said))
+    runs = {tuple(asked[i : i + n]) for i in range(len(asked) - n + 1)}
+    found, own = set(), [True] * len(said)
+    for i in range(len(said) - n + 1):
+        if (run := tuple(said[i : i + n])) in runs:
+            found.add(run)
+            own[i : i + n] = [False] * n
+    return len(found) / len(runs), " ".join(word for word, mine in zip(said, own, strict=True) if mine)
 
 
 def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
-
-
-def _ngrams(words: list[str], n: int) -> set[tuple[str, ...]]:
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def _declined_by_scanners(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:

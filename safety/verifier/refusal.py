@@ -7,6 +7,7 @@ grader in `eval` is such a list, on purpose: this head is what the policy is rew
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -16,18 +17,60 @@ from safety.embedding import EMBEDDER_ID, Embedder, load_embedder
 from safety.findings import Category, Finding
 from safety.heads import SHIPPED, Head
 
-OPENING_WORDS = 30  # a decline comes early
-FEATURES = f"{EMBEDDER_ID}:opening{OPENING_WORDS}+answer+cosines"
+OPENING_WORDS, FIRST_WORDS = 30, 15  # a decline comes early
+SKELETON_WORDS, SKELETON_BINS = 60, 2048
+FEATURES = f"{EMBEDDER_ID}:openings{OPENING_WORDS},{FIRST_WORDS}+cosines+skeleton{SKELETON_WORDS}x{SKELETON_BINS}"
+
+# The words that carry the form of a sentence and not its topic; every other word becomes "_" in a skeleton.
+FORM_WORDS = frozenset(
+    """
+    i i'm i'll i've i'd we we're we'll you you're you'll your yours me my mine us our he she they them their it its it's
+    this that these those there here can can't cannot could couldn't will won't would wouldn't shall should shouldn't may
+    might must mustn't do don't does doesn't did didn't am is isn't are aren't was be been being have haven't has had not
+    no never nor none nothing neither sorry apologize apologise apologies afraid unable unfortunately instead rather but
+    however though if because since so and or as an a the to for from with without about of on in into at by than then
+    please help assist provide give write tell share offer suggest happy glad willing able want like prefer decline
+    refuse comfortable appropriate let let's what who where when why how which any anything anyone someone something some
+    all one part line answer request question topic content information advice harm harmful illegal unsafe dangerous
+    wrong unethical law policy guidelines safety respect
+    """.split()
+)
 
 
 def refusal_features(embedder: Embedder, prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-    """(B, 771): embedding of the opening, of the whole answer, then the cosines prompt-opening, prompt-answer, and log
-    of the answer's words."""
-    openings = [" ".join(answer.split()[:OPENING_WORDS]) for answer in answers]
-    opening_BD, answer_BD, prompt_BD = embedder.embed(openings), embedder.embed(answers), embedder.embed(prompts)
-    words = np.log1p(np.array([len(answer.split()) for answer in answers], dtype=np.float32))
-    pair = np.stack([(prompt_BD * opening_BD).sum(1), (prompt_BD * answer_BD).sum(1), words], axis=1)
-    return np.concatenate([opening_BD, answer_BD, pair], axis=1)
+    """(B, 2820) float32: what is said apart from the topic.
+
+    Embeddings of the first 30 and of the first 15 words, each without its component along the prompt's embedding (384
+    each); cosines of the prompt with both and with the whole answer, and log(1 + words) (4); the skeleton of the first 60 words as a
+    hashed set of its 1-, 2- and 3-grams (2048).
+    """
+    prompt_BD = embedder.embed(prompts)
+    columns, cosines = [], []
+    for words in (OPENING_WORDS, FIRST_WORDS, None):
+        start_BD = embedder.embed([" ".join(answer.split()[:words]) if words else answer for answer in answers])
+        cosine_B1 = (prompt_BD * start_BD).sum(1, keepdims=True)
+        cosines.append(cosine_B1)
+        if words:
+            columns.append(start_BD - cosine_B1 * prompt_BD)
+    length_B1 = np.log1p([[len(answer.split())] for answer in answers])
+    hashed = np.stack([skeleton_bins(answer) for answer in answers])
+    return np.concatenate([*columns, *cosines, length_B1, hashed], axis=1).astype(np.float32)
+
+
+def skeleton_bins(answer: str) -> np.ndarray:
+    """(2048,) of 0 and 1: which n-grams of the skeleton occur. Hashed with CRC-32, which is the same everywhere."""
+    tokens = re.findall(r"[a-z']+|[.!?;:,\n]|\d+", answer.lower().replace("\u2019", "'"))[:SKELETON_WORDS]
+    form = [
+        token if token in FORM_WORDS else "#" if token.isdigit() else "_" if token[0].isalpha() else "|"
+        for token in tokens
+    ]
+    bins = np.zeros(SKELETON_BINS, dtype=np.float32)
+    for n in (1, 2, 3):
+        for at in range(len(form) - n + 1):
+            gram = form[at : at + n]
+            if any(token not in "_|#" for token in gram):
+                bins[zlib.crc32(" ".join(gram).encode()) % SKELETON_BINS] = 1
+    return bins
 
 
 class RefusalHead:

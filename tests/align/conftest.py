@@ -30,7 +30,16 @@ from reward import CompositeReward, Reward
 VOCABULARY = 259  # the byte tokenizer of the bundled tiny models: pad 0, bos 1, eos 2, then the bytes
 # A random model ends an answer once in 259 tokens; with 60 stop tokens, answers have lengths from 1 to the limit.
 STOP_IDS = [2, *range(200, VOCABULARY)]
-PROMPTS = ["Hi", "Name a tree.", "What is 2 + 2?", "Sing!", "Tell me about rice and beans", "Why?", "Go on", "A long day"]
+PROMPTS = [
+    "Hi",
+    "Name a tree.",
+    "What is 2 + 2?",
+    "Sing!",
+    "Tell me about rice and beans",
+    "Why?",
+    "Go on",
+    "A long day",
+]
 
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _ROTARY = {

@@ -1,6 +1,5 @@
 """PPO checklist, A: tokens, padding, positions."""
 
-
 import pytest
 import torch
 
@@ -34,10 +33,12 @@ ANSWER_LENGTHS = [4, 1, 6, 3]
 
 
 def test_A1_one_stop_token_is_kept_where_pad_equals_eos(make_ppo, rolled_out):
-    ppo = make_ppo(max_new_tokens=4, rollouts_per_step=32)
-    ppo.tokenizer.pad_token = ppo.tokenizer.eos_token  # as GPT-2 and Llama tokenizers often come
-    pad = ppo.tokenizer.pad_token_id
-    assert pad == ppo.tokenizer.eos_token_id
+    """As GPT-2 and Llama tokenizers often come: the id that pads is one that answers here do end with."""
+    options = {"max_new_tokens": 4, "rollouts_per_step": 32}
+    before, _ = rolled_out(make_ppo(**options))
+    pad = int(before.answer_ids[before.finished][0, before.keep[before.finished][0]][-1])
+    ppo = make_ppo(**options)
+    ppo.tokenizer.pad_token = ppo.tokenizer.eos_token = ppo.tokenizer.convert_ids_to_tokens(pad)
     batch, _ = rolled_out(ppo)
     stops = set(ppo.actors.lm.generation_config.eos_token_id)
     assert pad in stops and batch.finished.any() and not batch.finished.all()
@@ -45,9 +46,14 @@ def test_A1_one_stop_token_is_kept_where_pad_equals_eos(make_ppo, rolled_out):
         kept = ids[keep].tolist()
         assert sum(token in stops for token in kept) == int(batch.finished[row])
         assert (kept[-1] in stops) == bool(batch.finished[row])
+    assert (batch.answer_ids[batch.keep] == pad).any()
     pack = pack_rows(batch.prompt_ids, batch.answer_ids, batch.keep, range(len(batch)), pad)
     lengths = [len(p) + n for p, n in zip(batch.prompt_ids, batch.answer_lengths(), strict=True)]
     assert pack.attention_mask.sum(dim=1).tolist() == lengths
+    for pad_id in (pad, 0):  # and what the model reads does not depend on the padding's id
+        ppo.tokenizer.pad_token = ppo.tokenizer.convert_ids_to_tokens(pad_id)
+        logp, *_ = ppo.log_probabilities(batch.prompt_ids, batch.answer_ids, batch.keep)
+        torch.testing.assert_close(logp, batch.old_logp, atol=1e-6, rtol=1e-6)
 
 
 def test_A1_the_last_kept_token_gets_a_gradient_where_it_is_the_pad_id(tiny):
@@ -309,9 +315,7 @@ def test_A7_empty_answers_give_no_nan(tiny, seed):
     white = whiten(advantage, keep)
     num_tokens = keep.sum().clamp(min=1)
     loss, sums = clipped_policy_loss(logp, old, white, keep, clip=0.2, num_tokens=num_tokens)
-    value_loss, value_sums = clipped_value_loss(
-        logp * 0.1, value, returns, keep, clip=0.2, num_tokens=num_tokens
-    )
+    value_loss, value_sums = clipped_value_loss(logp * 0.1, value, returns, keep, clip=0.2, num_tokens=num_tokens)
     (loss + value_loss).backward()
     for number in [loss, value_loss, *sums.values(), *value_sums.values()]:
         assert number.detach().isfinite()

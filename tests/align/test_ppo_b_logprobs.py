@@ -97,9 +97,7 @@ def test_B3_generation_config_does_not_change_what_is_drawn(tiny):
             setattr(model.generation_config, name, value)
         generator = torch.Generator().manual_seed(4)
         prompts = [[5, 6, 7], [9, 10]] * 4
-        answers, _ = sample_answers(
-            model, tokenizer, prompts, max_new_tokens=8, temperature=1.0, generator=generator
-        )
+        answers, _ = sample_answers(model, tokenizer, prompts, max_new_tokens=8, temperature=1.0, generator=generator)
         return [answer.ids for answer in answers]
 
     plain = draw()

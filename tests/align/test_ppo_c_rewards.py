@@ -139,7 +139,20 @@ def test_C6_mean_score_of_the_training_answers_is_0_after_loading(tiny, tmp_path
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     reward_model.main(
         ["--model", tiny("llama"), "--train_file", str(data), "--output_dir", str(tmp_path / "rm")]
-        + ["--dtype", "float32", "--bf16", "false", "--max_steps", "1", "--lora_r", "2", "--holdout_every", "2", "--per_device_train_batch_size", "4"]
+        + [
+            "--dtype",
+            "float32",
+            "--bf16",
+            "false",
+            "--max_steps",
+            "1",
+            "--lora_r",
+            "2",
+            "--holdout_every",
+            "2",
+            "--per_device_train_batch_size",
+            "4",
+        ]
     )
     trained_on, _ = split_pairs(read_preferences(data), 2)
     scores = np.concatenate(reward_model.score_pairs(LearnedPreference(str(tmp_path / "rm" / "model")), trained_on))
@@ -178,7 +191,8 @@ def test_C8_weights_enter_the_return_and_the_log_alike(make_ppo, rolled_out, two
     scaling = ppo.reward.scaling
     for row, (prompt, answer) in enumerate(zip(batch.prompts, batch.answers, strict=True)):
         by_hand = sum(
-            weight * max(-10.0, min(10.0, (part([prompt], [answer])[0] - scaling.mean[part.name]) / scaling.std[part.name]))
+            weight
+            * max(-10.0, min(10.0, (part([prompt], [answer])[0] - scaling.mean[part.name]) / scaling.std[part.name]))
             for part, weight in two_parts
         )
         assert scored.total[row] == pytest.approx(by_hand, rel=1e-9)

@@ -95,9 +95,7 @@ def test_E4_whitening_of_two_ranks_equals_one(world):
     keep = torch.rand(6, 5, generator=generator) < 0.7
     two = world(2)
     parts = [slice(0, 2), slice(2, 6)]  # and other numbers of rows
-    halves = two.run(
-        lambda rank: whiten(x[parts[rank]], keep[parts[rank]], all_reduce=lambda t: two.add_up(rank, t))
-    )
+    halves = two.run(lambda rank: whiten(x[parts[rank]], keep[parts[rank]], all_reduce=lambda t: two.add_up(rank, t)))
     together = whiten(x, keep)
     torch.testing.assert_close(torch.cat(halves), together, atol=1e-6, rtol=1e-6)
     alone = torch.cat([whiten(x[part], keep[part]) for part in parts])

@@ -314,7 +314,14 @@ def test_F6_a_gradient_that_is_not_finite_stops_the_run_and_keeps_the_batch(
     assert sorted(map(tuple, kept["prompt_ids"])) == sorted(map(tuple, batch.prompt_ids))
     assert kept["answer_ids"].shape == batch.answer_ids.shape
     after = policy_tensors(ppo)
-    assert all(torch.equal(a, after[name], ) or a.isnan().any() for name, a in before.items())  # no step was taken
+    assert all(
+        torch.equal(
+            a,
+            after[name],
+        )
+        or a.isnan().any()
+        for name, a in before.items()
+    )  # no step was taken
 
 
 @pytest.mark.parametrize("what", ["score", "advantage"])

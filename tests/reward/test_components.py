@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from reward.components.prompt_bank import PROMPT_BANK
-from reward.components.relevance import NEUTRAL, Relevance, copy_charge
+from reward.components.relevance import NEUTRAL, Relevance, copied_share
 from reward.components.safety import Safety, risk
 from reward.components.toxicity import Toxicity
 from safety.embedding import WHEELS
@@ -56,26 +56,50 @@ def test_relevance_needs_a_bank_of_different_prompts():
 
 
 @pytest.mark.parametrize(
-    "prompt, answer, want",
+    "prompt, answer, share, rest",
     [
-        ("one two three four five six", "one two three four five six", 1.0),  # a verbatim echo
-        ("one two three four five six", "ONE two, three four five six!", 1.0),  # in other letters and marks
-        ("one two three four five six", "one two three four five x y z", 0.5 * 0.25**0.5),  # 1 of 2 runs, 1 of 4 said
-        ("one two three four five six", "six five four three two one", 0.0),  # the words alone are no copy
-        ("Why sky?", "Why sky?", 1.0),  # an echo of a prompt too short for a run of five
-        ("Name a colour", "Red is a colour", 0.0),
-        ("", "anything", 0.0),
-        ("one two three four five six", "", 0.0),
+        ("one two three four five six", "one two three four five six", 1.0, ""),  # a verbatim echo
+        ("one two three four five six", "ONE two, three four five six! Yes.", 1.0, "yes"),  # other letters and marks
+        ("one two three four five six", "one two three four five x y z", 0.5, "x y z"),  # 1 of 2 runs
+        ("one two three four five six", "six five four three two one", 0.0, "six five four three two one"),
+        (
+            "Name a colour",
+            "You said: name a colour. Fine.",
+            1.0,
+            "you said fine",
+        ),  # shorter than five: the whole prompt
+        ("Name a colour", "Red is a colour", 0.0, "red is a colour"),
+        ("Why sky?", "why sky", 1.0, ""),
+        ("Why sky?", "Why sky colours change.", 0.0, "why sky colours change"),  # one or two words: a subject
+        ("", "anything", 0.0, "anything"),
+        ("one two three four five six", "", 0.0, ""),
     ],
 )
-def test_copy_charge_by_hand(prompt, answer, want):
-    assert copy_charge(prompt, answer) == pytest.approx(want, abs=1e-12)
+def test_copied_share_by_hand(prompt, answer, share, rest):
+    assert copied_share(prompt, answer) == (share, rest)
 
 
 def test_quoting_a_sentence_of_a_long_text_is_nearly_free():
     passage = " ".join(f"word{i}" for i in range(200))
     quote = " ".join(f"word{i}" for i in range(20, 40))
-    assert 0 < copy_charge(f"Summarise this: {passage}", quote) < 0.1
+    assert 0 < copied_share(f"Summarise this: {passage}", quote)[0] < 0.1
+
+
+def test_an_echo_scores_nothing_and_what_follows_it_scores_by_itself():
+    vectors = {
+        "say the word please": (1.0, 0.0),
+        "say the word please near": (0.9, 0.1),
+        "near": (0.8, 0.6),
+        "q": (0, 1),
+    }
+
+    def lookup(texts):
+        return np.array([vectors[text.lower()] for text in texts], dtype=np.float32)
+
+    component = Relevance(embed=lookup, declined=lambda ps, xs: [0.0] * len(ps), bank=("q",))
+    echo, answered = component(["say the word please"] * 2, ["Say the word please", "say the word please near"])
+    assert echo == 0.0
+    assert answered == pytest.approx(0.8 - 0.6, abs=1e-6)
 
 
 # -------------------------------------------------------------------------------------------------- safety, by hand
@@ -198,9 +222,11 @@ def test_safety_order_on_real_cases():
     answered, refused = safety(PROMPTS, ANSWERS), safety(PROMPTS, [STOCK_REFUSAL] * len(PROMPTS))
     silent = safety(PROMPTS, ["..."] * len(PROMPTS))
     for d, c, b in zip(declined, complied, blank, strict=True):
-        assert d > c + 0.3 and d > b + 0.3
+        assert d > c and d > b
+    assert np.mean(declined) > np.mean(complied) + 0.3
     for a, r, s in zip(answered, refused, silent, strict=True):
-        assert a > r + 0.2 and a > s + 0.2
+        assert a > r and a > s
+    assert np.mean(answered) > np.mean(refused) + 0.2
     assert np.mean(refused) > np.mean(complied)
 
 

@@ -46,12 +46,14 @@ def test_round_trip_keeps_every_bit(tmp_path):
     tensors = {
         "mean": rng.normal(size=7),
         "std": rng.uniform(1, 2, size=7),
-        "w1": rng.normal(size=(7, 5)),
+        "w1": rng.normal(size=(5, 7)).T,  # as it comes out of a linear layer: not in C order
         "b1": rng.normal(size=5),
-        "w2": rng.normal(size=(5, 2)),
+        "w2": rng.normal(size=(2, 5)).T,
         "b2": rng.normal(size=2),
     }
-    card = HeadCard(name="toy", labels=("a", "b"), features="f", scale=1.3, data_hash="9f", details={"dev": {"f1": 0.5}})
+    card = HeadCard(
+        name="toy", labels=("a", "b"), features="f", scale=1.3, data_hash="9f", details={"dev": {"f1": 0.5}}
+    )
     head = Head(card, tensors)
     head.save(tmp_path / "toy.safetensors")
     again = Head.load(tmp_path / "toy.safetensors", features="f")

@@ -43,7 +43,7 @@ def blobs(rows=300, seed=0):
 
 @pytest.mark.parametrize("name", ["harm", "harm_kind"])  # a hidden layer with several seeds; a linear head
 def test_fit_learns_is_reproducible_and_averages_its_seeds(name, monkeypatch):
-    small = replace(train_heads.RECIPES[name], epochs=8, batch=32)
+    small = replace(train_heads.RECIPES[name], epochs=60, batch=32)
     monkeypatch.setitem(train_heads.RECIPES, name, small)
     x, y, w = blobs()
     head, again = (fit(name, ("bad",), "f", x, y, w) for _ in range(2))
@@ -168,14 +168,19 @@ class HashEmbedder:
 def test_command_writes_heads_and_ends_with_one_line_of_json(tmp_path, monkeypatch, capsys):
     for name, rows in STARTER.items():
         many = [
-            {key: f"{value} {i}" if key in {"prompt", "answer", "chosen", "text"} else value for key, value in row.items()}
+            {
+                key: f"{value} {i}" if key in {"prompt", "answer", "chosen", "text"} else value
+                for key, value in row.items()
+            }
             for i in range(8)
             for row in rows
         ]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in many))
     monkeypatch.setattr(train_heads, "load_embedder", lambda threads: HashEmbedder())
     for name, recipe in train_heads.RECIPES.items():
-        monkeypatch.setitem(train_heads.RECIPES, name, replace(recipe, epochs=1, hidden=min(recipe.hidden, 4), seeds=(0,)))
+        monkeypatch.setitem(
+            train_heads.RECIPES, name, replace(recipe, epochs=1, hidden=min(recipe.hidden, 4), seeds=(0,))
+        )
     train_heads.main(["--starter", str(tmp_path), "--out", str(tmp_path / "heads")])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report["data"] == "starter only"
