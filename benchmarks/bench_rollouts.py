@@ -15,7 +15,6 @@ import csv
 import json
 import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time

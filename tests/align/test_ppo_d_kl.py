@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from align.kl_control import ESTIMATORS, KLController, kl_estimate
-from align.ppo import PPOSettings
+from align.ppo import PPOSettings, train
+from reward import CompositeReward
 
 # D1: estimators
 
@@ -132,20 +133,24 @@ def test_D3_without_a_target_the_coefficient_is_fixed():
     assert controller.coef == 0.05
 
 
-def test_D3_the_run_adapts_by_answers_of_all_ranks(settings, share, read_metrics):
-    """kl_coef of each row follows from the rows before: golden values through the whole loop."""
-    from align.ppo import train
-    from reward import CompositeReward
+def test_D3_the_run_hands_the_measured_kl_and_all_answers_to_the_controller(settings, share, read_metrics, monkeypatch):
+    """Once a rollout, after its updates; the coefficient of a row is the one that its rewards were made with."""
+    seen = []
+    real = KLController.update
 
-    run = train(
-        settings(steps=3, kl_coef=0.2, kl_target=0.5, kl_horizon=100.0, policy_lr=3e-2, minibatches=2),
-        reward=CompositeReward([(share(), 1.0)]),
-    )
+    def spy(self, kl_per_answer, num_answers):
+        seen.append((kl_per_answer, num_answers))
+        real(self, kl_per_answer, num_answers)
+
+    monkeypatch.setattr(KLController, "update", spy)
+    options = {"steps": 3, "kl_coef": 0.2, "kl_target": 2.0, "kl_horizon": 100.0, "policy_lr": 3e-2, "minibatches": 2}
+    run = train(settings(**options), reward=CompositeReward([(share(), 1.0)]))
     rows = read_metrics(run)[:3]
-    controller = KLController(0.2, 0.5, 100.0)
-    for row in rows:
+    assert seen == [(pytest.approx(row["objective/kl"], abs=1e-6), 8) for row in rows]
+    controller = KLController(0.2, 2.0, 100.0)
+    for row, (kl, answers) in zip(rows, seen, strict=True):
         assert row["kl_coef"] == pytest.approx(controller.coef, abs=1e-6)
-        controller.update(row["objective/kl"], 8)
+        real(controller, kl, answers)
     assert len({row["kl_coef"] for row in rows}) > 1
 
 
