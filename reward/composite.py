@@ -90,7 +90,7 @@ class CompositeReward:
                 why.append("no component has an opinion")
             else:
                 why.append(None)
-            total.append(None if why[-1] else sum(known))
+            total.append(None if why[-1] else sum(known))  # type: ignore[arg-type]
         return Reward(total=total, parts=Parts(raw=raw, scaled=scaled, weighted=weighted), why=why)
 
 
@@ -118,7 +118,7 @@ def statistics(reward: Reward) -> dict[str, float]:
     metrics: dict[str, float] = {}
     rows = [row for row, total in enumerate(reward.total) if total is not None]
     totals = [reward.total[row] for row in rows]
-    total_mean, total_std = _mean_std(totals)
+    total_mean, total_std = _mean_std(totals)  # type: ignore[arg-type]
     for name, scores in reward.parts.raw.items():
         known = [score for score in scores if score is not None]
         if known:
@@ -131,7 +131,7 @@ def statistics(reward: Reward) -> dict[str, float]:
         if rows:
             part = [reward.parts.weighted[name][row] or 0.0 for row in rows]
             centre = math.fsum(part) / len(part)
-            products = ((p - centre) * (t - total_mean) for p, t in zip(part, totals, strict=True))
+            products = ((p - centre) * (t - total_mean) for p, t in zip(part, totals, strict=True))  # type: ignore[operator]
             covariance = math.fsum(products) / len(rows)
             metrics[f"reward/{name}_variance_share"] = covariance / total_std**2 if total_std > 0 else 0.0
     if rows:

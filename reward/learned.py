@@ -89,7 +89,7 @@ class LearnedPreference:
 
     def _ids(self, prompt: str, answer: str) -> list[int]:
         conversation = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        return list(self.tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"])
+        return list(self.tokenizer.apply_chat_template(conversation, return_dict=True)["input_ids"])  # type: ignore[arg-type, call-overload, index]
 
 
 def read_scaling(model_path: str | None) -> tuple[float, float]:

@@ -128,7 +128,7 @@ class Embedder:
             added.append([])
             for start in starts:
                 piece = slice(start, start + body)
-                ids.append([self._cls, *encoding.ids[piece], self._sep])
+                ids.append([self._cls, *encoding.ids[piece], self._sep])  # type: ignore[list-item]
                 offsets = encoding.offsets[piece] or [(0, 0)]
                 spans[-1].append((offsets[0][0], offsets[-1][1]))
                 added[-1].append(max(1, len(ids[-1]) - 2 - (self.overlap if start else 0)))

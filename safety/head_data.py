@@ -51,7 +51,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}:{line_no}: {type(row).__name__}; each line must hold one JSON object")
             rows.append(row)
-    return rows
+    return rows  # type: ignore[return-value]
 
 
 def read_starter(folder: str | Path) -> dict[str, list[Row]]:

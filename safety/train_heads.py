@@ -99,13 +99,13 @@ def fit(name: str, labels: tuple[str, ...], features: str, x: np.ndarray, y: np.
     nets = [_fit_net(recipe, inputs, target, weight, len(labels), seed) for seed in recipe.seeds]
     tensors = {"mean": mean.astype(np.float32), "std": std.astype(np.float32)}
     if recipe.hidden:
-        tensors["w1"] = np.concatenate([net[1].weight.detach().numpy().T for net in nets], axis=1)
-        tensors["b1"] = np.concatenate([net[1].bias.detach().numpy() for net in nets])
-        tensors["w2"] = np.concatenate([net[4].weight.detach().numpy().T for net in nets], axis=0) / len(nets)
-        tensors["b2"] = np.mean([net[4].bias.detach().numpy() for net in nets], axis=0)
+        tensors["w1"] = np.concatenate([net[1].weight.detach().numpy().T for net in nets], axis=1)  # type: ignore[operator]
+        tensors["b1"] = np.concatenate([net[1].bias.detach().numpy() for net in nets])  # type: ignore[operator]
+        tensors["w2"] = np.concatenate([net[4].weight.detach().numpy().T for net in nets], axis=0) / len(nets)  # type: ignore[operator]
+        tensors["b2"] = np.mean([net[4].bias.detach().numpy() for net in nets], axis=0)  # type: ignore[operator]
     else:
-        tensors["w"] = np.mean([net[1].weight.detach().numpy().T for net in nets], axis=0)
-        tensors["b"] = np.mean([net[1].bias.detach().numpy() for net in nets], axis=0)
+        tensors["w"] = np.mean([net[1].weight.detach().numpy().T for net in nets], axis=0)  # type: ignore[operator]
+        tensors["b"] = np.mean([net[1].bias.detach().numpy() for net in nets], axis=0)  # type: ignore[operator]
     return Head(HeadCard(name=name, labels=labels, features=features), tensors)
 
 

@@ -138,4 +138,4 @@ def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return tokenizer("\n")["input_ids"]
     messages = [{"role": "user", "content": NEUTRAL_TURN}]
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])
+    return list(encoded["input_ids"])  # type: ignore[arg-type, call-overload, index]

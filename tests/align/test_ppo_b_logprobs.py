@@ -1,3 +1,4 @@
+# ruff: noqa: N802  (test names carry the ids of the checklist, which have capitals)
 """PPO checklist, B: log-probabilities and sampling."""
 
 import copy
@@ -114,6 +115,8 @@ def test_B3_generation_config_does_not_change_what_is_drawn(tiny):
         ("gpt2", {}),
         ("mixtral", {}),
         ("moe", {"critic": "head"}),
+        ("moe", {"lora_experts": True}),
+        ("llama", {"lora_top_layers": 1}),
         ("llama", {"lora": False, "policy_lr": 1e-3}),
         ("moe", {"lora": False, "critic": "head", "policy_lr": 1e-3}),
     ],

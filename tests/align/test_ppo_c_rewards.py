@@ -1,3 +1,4 @@
+# ruff: noqa: N802  (test names carry the ids of the checklist, which have capitals)
 """PPO checklist, C: rewards, from components to tokens."""
 
 import json
@@ -133,7 +134,7 @@ def test_C5_whitening_of_a_constant_and_of_nothing():
 
 
 def test_C6_mean_score_of_the_training_answers_is_0_after_loading(tiny, tmp_path):
-    """One step of the stage on six pairs: the checkpoint carries the mean and spread of its scores, and they are used."""
+    """One step of the stage: the checkpoint carries the mean and spread of its scores, and they are used."""
     pairs = [{"prompt": f"Say {n}.", "chosen": f"{n}, gladly.", "rejected": "no" * n} for n in range(1, 13)]
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")

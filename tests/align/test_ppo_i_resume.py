@@ -1,3 +1,4 @@
+# ruff: noqa: N802  (test names carry the ids of the checklist, which have capitals)
 """PPO checklist, I: resume to the bit, checkpoints, evaluation that disturbs nothing."""
 
 import json
@@ -27,7 +28,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 N = 2  # steps before the interruption; as many after it
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     pass
 
 
@@ -41,7 +42,7 @@ def stopping(component, after):
         def __call__(self, prompts, answers):
             self.calls += 1
             if self.calls > after:
-                raise Stopped
+                raise StoppedError
             return component(prompts, answers)
 
     return Stopping()
@@ -108,9 +109,9 @@ def test_I1_resume_equals_an_unbroken_run_to_the_bit(
     whole, broken = (settings(output_dir=str(tmp_path / name), **common) for name in ("whole", "broken"))
     reward = [(share(), 1.0), (length(), -0.2)]
     train(whole, reward=CompositeReward(reward))
-    # calls: the fit, then evaluation and rollout of each step; it dies in the rollout of step N + 1, past the checkpoint
+    # calls: the fit, then evaluation and rollout of each step; it dies in the rollout after that of the checkpoint
     dies = [(stopping(share(), after=1 + 2 * N + 2), 1.0), (length(), -0.2)]
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         train(broken, reward=CompositeReward(dies))
     before_resume = latest_checkpoint(tmp_path / "broken")
     assert before_resume.name == f"step-{N:06d}"
@@ -123,6 +124,20 @@ def test_I1_resume_equals_an_unbroken_run_to_the_bit(
     assert len({row["kl_coef"] for row in rows[0][:-1]}) > 1  # there was something to restore
     weights = [next((tmp_path / name / "model").glob("*.safetensors")).read_bytes() for name in ("whole", "broken")]
     assert weights[0] == weights[1]
+
+
+def test_I1_resume_of_a_finished_run_changes_nothing(settings, share, read_metrics, tmp_path):
+    reward = CompositeReward([(share(), 1.0)])
+    run = train(settings(steps=1), reward=reward)
+    rows, state = timeless(read_metrics(run)), final_state(run, 1)
+    train(settings(steps=1, resume=True), reward=reward)
+    assert timeless(read_metrics(run)) == rows
+    assert_same_state(final_state(run, 1), state)
+
+
+def test_I1_resume_without_a_checkpoint_starts_at_the_beginning(settings, share, read_metrics):
+    run = train(settings(steps=1, resume=True), reward=CompositeReward([(share(), 1.0)]))
+    assert [row["step"] for row in read_metrics(run)] == [0, 1]
 
 
 def test_I1_checkpoint_holds_what_changes_in_a_run(make_ppo, one_step):
