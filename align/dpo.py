@@ -50,8 +50,8 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
     train_pairs, held_out = split_pairs(pairs, settings.holdout_every)
     if not train_pairs:
         raise ValueError(
-            f"{settings.train_file}: all {len(pairs)} pairs are held out with holdout_every={settings.holdout_every}; "
-            "add pairs or change it"
+            f"{settings.train_file}: {len(pairs)} pairs split into 0 for training and {len(held_out)} held out with "
+            f"holdout_every={settings.holdout_every}; add pairs or change it"
         )
     settings.check_precision(args)
     resolve_model_source(settings.model)
