@@ -2,13 +2,14 @@
 
     fluency = min(mean log-probability of the answer's tokens, CEILING) - repetition - degenerate
 
-in nats a token. The answer stands after a fixed neutral turn, never after its own prompt: conditioned on the prompt, the score would
-measure relevance a second time.
+in nats a token. The answer stands after the opening of an assistant turn and nothing else: conditioned on its prompt, the
+score would measure relevance a second time.
 
 What the terms are for. A language model finds bland, predictable text likeliest of all, so nothing is paid above
-CEILING, the value of ordinary good answers. It also finds repetition likely once it has begun, hence the
-repetition charge: the share of token 3-grams seen before in the answer. `degenerate` charges for text without letters or
-digits and for long runs of one token. The charges count tokens and Unicode classes, so they need no word list.
+CEILING, the value of ordinary good answers (their words shuffled: about -7.3). It also finds repetition likely once it
+has begun, hence the repetition charge: the share of token 3-grams seen before in the answer. `degenerate` charges for
+text without letters or digits and for long runs of one token. The charges count tokens and Unicode classes, so they need
+no word list.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-NEUTRAL_TURN = "Please write something."
-CEILING = -2.6  # nats a token: the median of the chosen answers in data/starter under SmolLM2-135M-Instruct
+CEILING = -4.5  # nats a token: median of data/starter's chosen answers under SmolLM2-135M-Instruct (bland text: -2)
 FLOOR = -10.0  # about log(1 / vocabulary): random tokens
 REPETITION_WEIGHT = 8.0
 REPETITION_FREE = 0.05  # share of repeated 3-grams that ordinary text has
 DEGENERATE_WEIGHT = 6.0
 WORDLIKE_FREE = 0.3
+CHUNK = 256  # rows of fp32 logits held at a time
 
 
 class Fluency:
-    """Scores in about [-24, CEILING], ordinary answers within 1 of CEILING. A blank answer gets FLOOR.
+    """Scores in [-30, CEILING], ordinary answers within 1 of CEILING. A blank answer gets FLOOR.
 
     Args:
         model, tokenizer: a causal language model, used in evaluation mode and never changed.
@@ -49,7 +50,7 @@ class Fluency:
         tokenizer: PreTrainedTokenizerBase,
         *,
         ceiling: float = CEILING,
-        token_budget: int = 4096,
+        token_budget: int = 2048,
         name: str = "fluency",
     ) -> None:
         self.name, self.ceiling, self.token_budget = name, ceiling, token_budget
@@ -88,26 +89,32 @@ class Fluency:
 
     @torch.inference_mode()
     def _mean_logp(self, ids: Sequence[Sequence[int]]) -> list[float]:
-        """Mean log-probability of each row's tokens after the neutral turn; 0 for an empty row."""
-        from policy_models.logprobs import answer_logprobs, pack_rows, token_budget_batches
+        """Mean log-probability of each row's tokens after the opened turn; 0 for an empty row."""
+        from policy_models.logprobs import token_budget_batches
 
         means = [0.0] * len(ids)
-        width = max((len(row) for row in ids), default=0)
-        if width == 0:
-            return means
         device = next(self.model.parameters()).device
-        answer_ids = torch.zeros(len(ids), width, dtype=torch.long, device=device)
-        keep = torch.zeros(len(ids), width, dtype=torch.bool, device=device)
-        for row, tokens in enumerate(ids):
-            answer_ids[row, : len(tokens)] = torch.tensor(list(tokens), dtype=torch.long)
-            keep[row, : len(tokens)] = True
-        prompts = [self._prefix] * len(ids)
-        pad_id = self.tokenizer.pad_token_id or 0
-        for rows in token_budget_batches([len(self._prefix)] * len(ids), [len(row) for row in ids], self.token_budget):
-            packed = pack_rows(prompts, answer_ids, keep, rows, pad_id)
-            logp_BR, _ = answer_logprobs(self.model, packed, temperature=1.0)
-            for row, logp_R in zip(rows, logp_BR.sum(dim=1).tolist(), strict=True):
-                means[row] = logp_R / max(1, len(ids[row]))
+        start = len(self._prefix)
+        for rows in token_budget_batches([start] * len(ids), [len(row) for row in ids], self.token_budget):
+            width = max(len(ids[row]) for row in rows)
+            if width == 0:
+                continue
+            # Padded on the right: a causal model never looks there, so no mask is needed.
+            input_BT = torch.zeros(len(rows), start + width, dtype=torch.long, device=device)
+            keep_BT = torch.zeros_like(input_BT, dtype=torch.bool)
+            for at, row in enumerate(rows):
+                end = start + len(ids[row])
+                input_BT[at, :end] = torch.tensor([*self._prefix, *ids[row]], dtype=torch.long)
+                keep_BT[at, start:end] = True
+            predicts_BT = keep_BT.roll(-1, dims=1)  # the position before a token predicts it; position 0 keeps nothing
+            logits_NV = self.model(input_ids=input_BT, logits_to_keep=predicts_BT, use_cache=False).logits
+            logp = [
+                z_NV.float().gather(-1, id_N[:, None])[:, 0] - z_NV.float().logsumexp(-1)
+                for z_NV, id_N in zip(logits_NV.split(CHUNK), input_BT[keep_BT].split(CHUNK), strict=True)
+            ]
+            sums_BT = torch.zeros_like(input_BT, dtype=torch.float32).masked_scatter(keep_BT, torch.cat(logp))
+            for row, total in zip(rows, sums_BT.sum(dim=1).tolist(), strict=True):
+                means[row] = total / max(1, len(ids[row]))
         return means
 
 
@@ -134,8 +141,12 @@ def degenerate_charge(text: str, tokens: Sequence[int]) -> float:
 
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The opening of an assistant turn, which the chat template appends to a conversation as generation prompt."""
     if tokenizer.chat_template is None:
-        return tokenizer("\n")["input_ids"]
-    messages = [{"role": "user", "content": NEUTRAL_TURN}]
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return list(encoded["input_ids"])  # type: ignore[arg-type, call-overload, index]
+        return list(tokenizer("\n")["input_ids"])
+    turn = [{"role": "user", "content": "x"}]
+    before, opened = (
+        list(tokenizer.apply_chat_template(turn, add_generation_prompt=more, return_dict=True)["input_ids"])  # type: ignore[arg-type, call-overload, index]
+        for more in (False, True)
+    )
+    return opened[len(before) :] or opened  # some templates open no turn

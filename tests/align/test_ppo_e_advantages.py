@@ -1,4 +1,3 @@
-# ruff: noqa: N802  (test names carry the ids of the checklist, which have capitals)
 """PPO checklist, E: GAE, returns, whitening, the critic and its loss."""
 
 import dataclasses

