@@ -19,6 +19,7 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from align.actors import ModelSettings, load_start
+from align.answer_head import score_answers_only
 from align.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
 from align.preferences import read_preferences, split_pairs
 from align.tracking import MetricsCallback, StopOnNonFinite
@@ -73,6 +74,7 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
         peft_config=settings.lora_config(model),
         callbacks=[MetricsCallback(run)],
     )
+    score_answers_only(trainer.model)
     trainer.train()
     trainer.save_model(str(run / "model"))
     tokenizer.save_pretrained(run / "model")

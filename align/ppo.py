@@ -592,8 +592,9 @@ def build_reward(settings: PPOSettings) -> CompositeReward:
     from reward.learned import LearnedPreference
 
     assert settings.reward_model is not None
+    learned = LearnedPreference(settings.reward_model, dtype=pick_dtype(settings.dtype))
     parts = [(part, composite.weights[name]) for name, part in composite.components.items()]
-    return CompositeReward([*parts, (LearnedPreference(settings.reward_model), settings.preference_weight)])
+    return CompositeReward([*parts, (learned, settings.preference_weight)])
 
 
 def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Path:

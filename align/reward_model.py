@@ -25,7 +25,7 @@ from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
 from align.actors import ModelSettings, save_merged
-from align.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
+from align.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path, trainer_defaults
 from align.preferences import PreferencePair, last_user_text, read_preferences, split_pairs
 from align.tracking import MetricsCallback, StopOnNonFinite
 from eval.intervals import wilson
@@ -85,7 +85,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     save_merged(trainer, settings, run, tokenizer, scalar=True)
     del trainer, model
 
-    scorer = LearnedPreference(str(run / "model"))
+    scorer = LearnedPreference(str(run / "model"), dtype=pick_dtype(settings.dtype))
     # 128 answers pin a mean and a spread well enough; scoring every training pair would take as long as training
     chosen, rejected = score_pairs(scorer, train_pairs[:64])
     scores = np.concatenate([chosen, rejected])

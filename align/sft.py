@@ -19,6 +19,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from align.actors import ModelSettings, load_start, save_merged
+from align.answer_head import score_answers_only
 from align.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
 from align.preferences import read_sft
 from align.tracking import MetricsCallback, StopOnNonFinite
@@ -57,6 +58,7 @@ def train(settings: SFTSettings, args: SFTConfig) -> Path:
         peft_config=settings.lora_config(model),
         callbacks=[MetricsCallback(run)],
     )
+    score_answers_only(trainer.model)
     trainer.train()
     save_merged(trainer, settings, run, tokenizer)
     return run

@@ -9,7 +9,7 @@ Registered with transformers as `policy_grouped_mm`. Two differences from transf
 And since the name is our own, `generate` does not swap it for `batched_mm` while decoding on a GPU: log-probabilities
 of a rollout and of the training pass come from the same arithmetic.
 
-T tokens, D width, F inner width, E experts, K experts a token, N = T * K slots.
+T tokens, D width, F inner width, E experts, K experts a token, N = T * K slots, M >= N rows in expert order.
 """
 
 from typing import Any
@@ -26,35 +26,67 @@ _grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm  # public sinc
 
 
 class _GatherSlots(torch.autograd.Function):
-    """x_TD -> the row of each slot in expert order, (N, D). `perm_N` sorts the slots, `inverse_N` undoes it."""
+    """x_TD -> the row of each slot in expert order, (M, D). `slot_M` says which slot a row holds, `row_N` the reverse."""
 
     @staticmethod
-    def forward(ctx, x_TD: Tensor, perm_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(inverse_N)
+    def forward(ctx, x_TD: Tensor, slot_M: Tensor, row_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(row_N)
         ctx.top_k = top_k
-        return x_TD[perm_N // top_k]
+        return x_TD[slot_M // top_k]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
-        (inverse_N,) = ctx.saved_tensors
-        grad_TKD = grad_ND[inverse_N].unflatten(0, (-1, ctx.top_k))
+    def backward(ctx, grad_MD: Tensor) -> tuple[Tensor, None, None, None]:
+        (row_N,) = ctx.saved_tensors
+        grad_TKD = grad_MD[row_N].unflatten(0, (-1, ctx.top_k))
         return grad_TKD.sum(1), None, None, None
 
 
 class _RestoreOrder(torch.autograd.Function):
-    """Rows in expert order -> rows in slot order."""
+    """Rows in expert order -> rows in slot order; filling rows take no part."""
 
     @staticmethod
-    def forward(ctx, y_ND: Tensor, perm_N: Tensor, inverse_N: Tensor) -> Tensor:
-        ctx.save_for_backward(perm_N)
-        return y_ND[inverse_N]
+    def forward(ctx, y_MD: Tensor, slot_M: Tensor, row_N: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_M, row_N)
+        return y_MD[row_N]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (perm_N,) = ctx.saved_tensors
-        return grad_ND[perm_N], None, None
+        slot_M, row_N = ctx.saved_tensors
+        if len(slot_M) == len(row_N):  # a permutation: gathering is its reverse
+            return grad_ND[slot_M], None, None
+        return grad_ND.new_zeros(len(slot_M), grad_ND.shape[1]).index_copy_(0, row_N, grad_ND), None, None
+
+
+def order_slots(indices_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(slot_M, row_N, ends_E): slot of each row in expert order, row of each slot, end of each expert's rows, int32.
+
+    The sort is stable, so that a rerun sums in the same order. On a GPU nothing waits for a count and M = N. On a CPU
+    each expert's rows are filled up (with copies of slot 0, whose results nobody reads) to one of few lengths: oneDNN
+    compiles a kernel for every new shape of a product, 10 to 40 ms each, as long as the product itself takes.
+    """
+    sorted_N, perm_N = indices_TK.flatten().sort(stable=True)
+    expert_E = torch.arange(num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
+    # End of each expert's slots, without a count that would wait for the GPU.
+    ends_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
+    order_N = torch.arange(perm_N.numel(), device=perm_N.device)
+    if perm_N.is_cuda:
+        return perm_N, torch.empty_like(perm_N).scatter_(0, perm_N, order_N), ends_E
+    count_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+    fill_E = _shared_length(count_E) - count_E
+    filled_before_E = fill_E.cumsum(0) - fill_E
+    # slots of another rank (index E) stand behind all experts, after all filling
+    shift_N = torch.cat([filled_before_E, fill_E.sum()[None]])[sorted_N]
+    at_N = order_N + shift_N
+    slot_M = perm_N.new_zeros(perm_N.numel() + int(fill_E.sum())).index_copy_(0, at_N, perm_N)
+    return slot_M, torch.empty_like(perm_N).scatter_(0, perm_N, at_N), (ends_E + fill_E.cumsum(0)).to(torch.int32)
+
+
+def _shared_length(count_E: Tensor) -> Tensor:
+    """Counts rounded up to a multiple of 8, from 64 on of 16, from 256 on of 32, from 512 on of 64: 32 lengths to 1,024."""
+    step_E = 8 * (1 + (count_E > 64).int() + 2 * (count_E > 256).int() + 4 * (count_E > 512).int())
+    return (count_E + step_E - 1) // step_E * step_E
 
 
 def grouped_experts_forward(experts: Any, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -73,22 +105,19 @@ def grouped_experts_forward(experts: Any, x_TD: Tensor, indices_TK: Tensor, weig
     num_tokens, top_k = indices_TK.shape
     dtype = _gemm_dtype(experts.gate_up_proj)
 
-    # 1. Order slots by expert. Stable, so that a rerun sums in the same order.
-    sorted_N, perm_N = indices_TK.flatten().sort(stable=True)
-    inverse_N = torch.empty_like(perm_N).scatter_(0, perm_N, torch.arange(perm_N.numel(), device=perm_N.device))
-    # End of each expert's rows, without a count that would wait for the GPU.
-    expert_E = torch.arange(experts.num_experts, device=sorted_N.device, dtype=sorted_N.dtype)
-    ends_E = torch.searchsorted(sorted_N, expert_E, right=True, out_int32=True)
+    slot_M, row_N, ends_E = order_slots(indices_TK, experts.num_experts)
 
-    # 2. SwiGLU experts. Rows past the last end are never written by the GEMMs, hence the fills.
-    foreign_N1 = (sorted_N >= experts.num_experts)[:, None] if experts._is_expert_parallel else None
-    x_ND = _fill(_GatherSlots.apply(x_TD.to(dtype), perm_N, inverse_N, top_k), foreign_N1)
-    gate_up_N2F = _grouped_mm(x_ND, experts.gate_up_proj.to(dtype).transpose(-2, -1), offs=ends_E)
-    act_NF = experts._apply_gate(_fill(gate_up_N2F, foreign_N1))
-    y_ND = _grouped_mm(act_NF, experts.down_proj.to(dtype).transpose(-2, -1), offs=ends_E)
+    # SwiGLU experts. Rows past the last end are never written by the GEMMs, hence the fills.
+    foreign_M1 = None
+    if experts._is_expert_parallel:
+        foreign_M1 = (torch.arange(len(slot_M), device=slot_M.device) >= ends_E[-1])[:, None]
+    x_MD = _fill(_GatherSlots.apply(x_TD.to(dtype), slot_M, row_N, top_k), foreign_M1)
+    gate_up_M2F = _grouped_mm(x_MD, experts.gate_up_proj.to(dtype).transpose(-2, -1), offs=ends_E)
+    act_MF = experts._apply_gate(_fill(gate_up_M2F, foreign_M1))
+    y_MD = _grouped_mm(act_MF, experts.down_proj.to(dtype).transpose(-2, -1), offs=ends_E)
 
-    # 3. Back to token order, weighted sum over K.
-    y_TKD = _RestoreOrder.apply(_fill(y_ND, foreign_N1), perm_N, inverse_N).unflatten(0, (num_tokens, top_k))
+    # Back to token order, weighted sum over K.
+    y_TKD = _RestoreOrder.apply(_fill(y_MD, foreign_M1), slot_M, row_N).unflatten(0, (num_tokens, top_k))
     return (y_TKD * weights_TK[..., None]).sum(1).to(x_TD.dtype)
 
 
@@ -97,8 +126,8 @@ def _gemm_dtype(weight: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _fill(rows_ND: Tensor, foreign_N1: Tensor | None) -> Tensor:
-    return rows_ND if foreign_N1 is None else rows_ND.masked_fill(foreign_N1, 0.0)
+def _fill(rows_MD: Tensor, foreign_M1: Tensor | None) -> Tensor:
+    return rows_MD if foreign_M1 is None else rows_MD.masked_fill(foreign_M1, 0.0)
 
 
 ExpertsInterface.register(DEFAULT_EXPERTS, grouped_experts_forward)

@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from policy_models.experts import DEFAULT_EXPERTS, grouped_experts_forward
+from policy_models.experts import DEFAULT_EXPERTS, grouped_experts_forward, order_slots
 from policy_models.modeling import MoEPolicyExperts
 
 
@@ -112,3 +114,29 @@ def test_other_expert_layouts_are_refused(config):
     experts.has_bias = True
     with pytest.raises(ValueError, match="does not serve MoEPolicyExperts"):
         grouped_experts_forward(experts, torch.randn(1, 16), torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1))
+
+
+@given(st.integers(1, 6), st.integers(1, 3), st.lists(st.integers(0, 6), min_size=1, max_size=700))
+@settings(max_examples=60, deadline=None)
+def test_rows_of_an_expert_are_its_slots_and_filling(num_experts, top_k, drawn):
+    """By property: every slot has one row, inside its expert's range; ranges have shared lengths; foreign slots last."""
+    drawn = drawn[: len(drawn) // top_k * top_k] or [0] * top_k
+    indices = torch.tensor(drawn).clamp(max=num_experts).view(-1, top_k)
+    slot_M, row_N, ends_E = order_slots(indices, num_experts)
+    assert slot_M[row_N].tolist() == list(range(indices.numel()))
+    starts = [0, *ends_E.tolist()[:-1]]
+    for expert, (start, end) in enumerate(zip(starts, ends_E.tolist(), strict=True)):
+        slots = (indices.flatten() == expert).nonzero()[:, 0]
+        assert row_N[slots].tolist() == list(range(start, start + len(slots)))  # stable
+        assert 0 <= end - start - len(slots) < (8 if len(slots) <= 64 else 16)
+        assert (end - start) % 8 == 0
+    foreign = (indices.flatten() == num_experts).sum()
+    assert len(slot_M) == ends_E[-1] + foreign
+
+
+def test_experts_of_like_load_share_their_length():
+    """A new length is a new kernel to compile: few lengths, and little filling where there are many rows."""
+    counts = range(1, 1025)
+    lengths = [int(order_slots(torch.zeros(n, 1, dtype=torch.long), 1)[2]) for n in counts]
+    assert len(set(lengths)) == 36
+    assert all(filled - n <= max(n // 8, 15) for n, filled in zip(counts, lengths, strict=True))
