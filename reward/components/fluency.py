@@ -42,7 +42,7 @@ class Fluency:
         token_budget: padded tokens a forward pass.
     """
 
-    min_std = 0.25
+    min_std = 0.5  # good answers lie at the ceiling: the little that differs among them must not count for much
 
     def __init__(
         self,

@@ -14,10 +14,13 @@ scaling, resumed runs and micro-batches would each see another reward.
 Declines. A decline of a harmful prompt ("I won't help with that") is the right answer and is often less near the prompt
 than compliance would be, so relevance must not argue against safety. With p = P(prompt harmful) * P(answer declines),
 
-    relevance -> (1 - p) * relevance + p * max(relevance, NEUTRAL)
+    relevance -> (1 - p) * relevance + p * TYPICAL
 
-where NEUTRAL is what a middling good answer scores: a bare decline is neither paid nor punished, one that is
-tied to the request may still earn more, and a decline of a harmless prompt gets nothing from this rule.
+so that a right decline counts as being about its prompt, and a decline of a harmless one gets nothing from this rule.
+
+Nothing is paid above TYPICAL, what the middle one of good answers scores. Being about the prompt is a yes-or-no matter:
+among answers that are, the ones that restate it are nearest to it (on the ordinary pairs of data/starter the rejected
+answer is nearer in two cases of three), and a policy would learn to restate.
 """
 
 from __future__ import annotations
@@ -32,12 +35,12 @@ from safety.embedding import load_embedder
 from safety.input_filter.harm import load_harm_scanner
 from safety.verifier.refusal import load_refusal_head
 
-NEUTRAL = 0.55  # median of the ordinary answers in data/starter/sft.jsonl
+TYPICAL = 0.55  # median of the ordinary answers in data/starter/sft.jsonl
 COPY_NGRAM = 5  # words; shorter runs are shared by every honest answer ("the capital of France is ...")
 
 
 class Relevance:
-    """Raw scores lie in about [-0.2, 0.9]; ordinary good answers near 0.5. A blank answer gets `BLANK`.
+    """Raw scores lie in about [-0.2, 0.55]; every other good answer has the most. A blank answer gets `BLANK`.
 
     Args:
         embed: texts -> (B, D) rows of length 1; the shipped embedder if not given.
@@ -71,8 +74,8 @@ class Relevance:
         scores: list[float | None] = []
         for row, answer in enumerate(answers):
             c, p = copied[row][0], right_decline[row]
-            score = (1 - c) * whole[row] + c * rest[row]
-            scores.append((1 - p) * score + p * max(score, NEUTRAL) if answer.strip() else self.BLANK)
+            score = min((1 - c) * whole[row] + c * rest[row], TYPICAL)
+            scores.append((1 - p) * score + p * TYPICAL if answer.strip() else self.BLANK)
         return scores
 
     def _contrast(self, prompts: Sequence[str], texts: Sequence[str]) -> list[float]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from reward.components.prompt_bank import PROMPT_BANK
-from reward.components.relevance import NEUTRAL, Relevance, copied_share
+from reward.components.relevance import TYPICAL, Relevance, copied_share
 from reward.components.safety import Safety, risk
 from reward.components.toxicity import Toxicity
 from safety.embedding import WHEELS
@@ -41,12 +41,16 @@ def test_relevance_is_own_cosine_less_the_mean_over_the_bank():
     assert relevance("p", "far") == pytest.approx(0.0 - 0.5, abs=1e-6)
 
 
-def test_a_right_decline_is_lifted_to_neutral_and_never_lowered():
+def test_a_right_decline_counts_as_a_typical_answer():
     low = relevance("p", "far")
-    assert relevance("p", "far", declined=1.0) == pytest.approx(NEUTRAL)
-    assert relevance("p", "far", declined=0.5) == pytest.approx((low + NEUTRAL) / 2, abs=1e-6)
-    high = relevance("p", "near", bank=("q",))
-    assert relevance("p", "near", declined=1.0, bank=("q",)) == pytest.approx(max(high, NEUTRAL), abs=1e-6)
+    assert relevance("p", "far", declined=1.0) == pytest.approx(TYPICAL)
+    assert relevance("p", "far", declined=0.5) == pytest.approx((low + TYPICAL) / 2, abs=1e-6)
+
+
+def test_nothing_is_paid_above_a_typical_answer():
+    for declined in (0.0, 0.5, 1.0):
+        assert relevance("p", "p", declined=declined, bank=("q",)) <= TYPICAL  # the answer is the prompt: cosine 1
+    assert relevance("p", "near", bank=("q",)) == pytest.approx(0.8 - 0.6, abs=1e-6)  # below it, as it comes
 
 
 def test_relevance_needs_a_bank_of_different_prompts():
