@@ -9,25 +9,29 @@ its own.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
 
 from align.launch import pick_dtype
 from policy_models.attention import default_attention
 from policy_models.loading import load_policy, load_scalar_model
-from policy_models.logprobs import PackedRows, answer_states
+from policy_models.logprobs import PackedRows, Trunk, answer_states
+from policy_models.trunk import frozen_layers, trunk_states
 
-POLICY, CRITIC = "policy", "critic"
-CRITICS = ("own", "head")
+POLICY, CRITIC, REWARD = "policy", "critic", "reward"
+CRITICS = ("own", "head", "none")
 
 
 @dataclass(kw_only=True)
@@ -110,33 +114,50 @@ class ModelSettings:
 
 
 class ValueHead(nn.Module):
-    """Hidden states (..., D) to values (...): one hidden layer, the last layer 0 at the start, always fp32."""
+    """Hidden states (..., D) to values (...): one hidden layer, the last layer 0 at the start, always fp32.
 
-    def __init__(self, hidden_size: int, inner_size: int = 256) -> None:
+    With `num_values` above 1, values are (..., num_values).
+    """
+
+    def __init__(self, hidden_size: int, num_values: int = 1, inner_size: int = 256) -> None:
         super().__init__()
         self.inner = nn.Linear(hidden_size, inner_size)
-        self.out = nn.Linear(inner_size, 1)
+        self.out = nn.Linear(inner_size, num_values)
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, states: Tensor) -> Tensor:
-        return self.out(torch.tanh(self.inner(states.float())))[..., 0]
+        values = self.out(torch.tanh(self.inner(states.float())))
+        return values[..., 0] if values.shape[-1] == 1 else values
 
 
 class Actors:
     """The models of a PPO run behind four calls: policy(), reference(), values(...), save_policy(...)."""
 
     def __init__(
-        self, backbone: PreTrainedModel, *, lora: LoraConfig | None, critic: str, autocast: torch.dtype | None = None
+        self,
+        backbone: PreTrainedModel,
+        *,
+        lora: LoraConfig | None,
+        critic: str,
+        autocast: torch.dtype | None = None,
+        num_values: int = 1,
+        gradient_checkpointing: bool = False,
     ) -> None:
-        """`backbone` becomes the policy. `autocast` is the type that products are computed in, None for as stored."""
+        """`backbone` becomes the policy. `autocast` is the type that products are computed in, None for as stored.
+
+        `num_values` is 2 for a critic of rewards and costs. With critic "none" there is nothing to call `values` on.
+        """
         if critic not in CRITICS:
             raise ValueError(f"critic={critic!r}: must be one of {', '.join(CRITICS)}")
         # evaluation mode throughout: two forwards over the same tokens must agree, so no dropout and no router jitter
         backbone.eval()
         self.critic = critic
         self.autocast = autocast
-        self.value_head = ValueHead(backbone.config.hidden_size).to(backbone.device)
+        self.value_head = ValueHead(backbone.config.hidden_size, num_values).to(backbone.device)
+        if gradient_checkpointing:
+            backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self._checkpointing = gradient_checkpointing
         self._peft: PeftModel | None = None
         self._reference: PreTrainedModel | None = None
         self._critic_lm: PreTrainedModel | None = None
@@ -158,7 +179,7 @@ class Actors:
         """The trained policy."""
         if self._peft is not None:
             self._peft.set_adapter(POLICY)
-        with self._precision():
+        with self._precision(), self._recomputing(self.lm):
             yield self.lm
 
     @contextmanager
@@ -173,15 +194,62 @@ class Actors:
                 yield self._reference
 
     def values(self, packed: PackedRows, states_BRD: Tensor | None = None) -> Tensor:
-        """V before each answer token, (B, R) fp32. With `critic="head"`, `states_BRD` are the reference's states."""
+        """V before each answer token, (B, R) fp32, or (B, R, num_values). With `critic="head"`, `states_BRD` are the reference's states."""
         if self.critic == "head":
             assert states_BRD is not None, "a head critic reads the reference's states"
             return self.value_head(states_BRD)
         lm = self.lm if self._critic_lm is None else self._critic_lm
         if self._peft is not None:
             self._peft.set_adapter(CRITIC)
+        with self._precision(), self._recomputing(lm):
+            states_BRD = answer_states(lm, packed)
+        return self.value_head(states_BRD)  # outside autocast: a value in bf16 keeps 8 bits of the return
+
+    def trunk(self, packs: Sequence[PackedRows], groups: Sequence[Sequence[int]]) -> Trunk | None:
+        """What the layers below the first adapter make of the packed rows, in the order of rows; None without any.
+
+        `groups` says which rows each pack holds.
+        """
+        layers = 0 if self._peft is None else frozen_layers(self.lm)
+        if layers == 0:
+            return None
+        states: dict[int, Tensor] = {}
         with self._precision():
-            return self.value_head(answer_states(lm, packed))
+            for pack, rows in zip(packs, groups, strict=True):
+                part = trunk_states(self.lm, layers, **pack.inputs())
+                kept = pack.attention_mask.bool()
+                states |= {row: part[at][kept[at]] for at, row in enumerate(rows)}
+        return Trunk(states=[states[row] for row in sorted(states)], num_layers=layers)
+
+    def reward_model(self, folder: Path) -> "SharedRewardModel":
+        """A reward model trained as an adapter on the same start, as a third adapter on these weights.
+
+        ValueError for an adapter of another start, or one without a scalar head.
+        """
+        assert self._peft is not None, "there is one set of weights in LoRA mode only"
+        config = LoraConfig.from_pretrained(str(folder))
+        start = str(self.lm.config._name_or_path)
+        if config.base_model_name_or_path and Path(str(config.base_model_name_or_path)).name != Path(start).name:
+            raise ValueError(
+                f"{folder}: an adapter of {config.base_model_name_or_path}, this run starts from {start}; "
+                "train the reward model on this start, or name its merged folder (run/model)"
+            )
+        weights = load_file(folder / "adapter_model.safetensors")
+        heads = [tensor for name, tensor in weights.items() if name.endswith("score.weight")]
+        if len(heads) != 1:
+            raise ValueError(f"{folder}: no scalar head among its weights; is it the adapter of a reward model?")
+        config.task_type, config.modules_to_save = "CAUSAL_LM", None
+        self._peft.add_adapter(REWARD, config)
+        lora = {name: tensor for name, tensor in weights.items() if "lora_" in name}
+        unexpected = set_peft_model_state_dict(self._peft, lora, adapter_name=REWARD).unexpected_keys
+        if unexpected:
+            raise ValueError(f"{folder}: adapter weights that this model lacks: {unexpected[:3]}")
+        for name, parameter in self._peft.named_parameters():
+            if f".{REWARD}" in name:
+                parameter.requires_grad_(False)
+        self._peft.set_adapter(POLICY)
+        self._peft.eval()
+        return SharedRewardModel(self, heads[0])
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What the policy's optimizer group trains."""
@@ -192,6 +260,8 @@ class Actors:
     def critic_parameters(self) -> list[nn.Parameter]:
         """What the critic's optimizer group trains, the value head included."""
         own: list[nn.Parameter] = []
+        if self.critic == "none":
+            return own
         if self._critic_lm is not None:
             own = list(self._critic_lm.base_model.parameters())
         elif self._peft is not None and self.critic == "own":
@@ -202,7 +272,10 @@ class Actors:
         """Everything trained, on the CPU, by part; the frozen backbone is not in it in LoRA mode."""
         state = {"value_head": self.value_head.state_dict()}
         if self._peft is not None:
-            state["adapters"] = {n: p for n, p in self._peft.state_dict().items() if "lora_" in n}
+            trained = (f".{POLICY}", f".{CRITIC}")  # the reward adapter is read from its folder each time
+            state["adapters"] = {
+                n: p for n, p in self._peft.state_dict().items() if "lora_" in n and any(t in n for t in trained)
+            }
         else:
             state["policy"] = self.lm.state_dict()
             if self._critic_lm is not None:
@@ -232,9 +305,60 @@ class Actors:
         else:
             self.lm.save_pretrained(folder)
 
+    @contextmanager
+    def _recomputing(self, lm: PreTrainedModel) -> Iterator[None]:
+        """Lets layers forget their activations: transformers does so in layers in training mode only.
+
+        The flag is set on the layers and not below them, where it would switch dropout and router jitter on.
+        """
+        layers = [m for m in lm.modules() if isinstance(m, GradientCheckpointingLayer)] if self._checkpointing else []
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
     def _precision(self):
         enabled = self.autocast is not None
         return torch.autocast(self.lm.device.type, dtype=self.autocast or torch.bfloat16, enabled=enabled)
+
+
+class SharedRewardModel:
+    """The reward adapter and its head behind the calls of a sequence-classification model with one label."""
+
+    training = False
+
+    def __init__(self, actors: Actors, head_1D: Tensor) -> None:
+        self._actors = actors
+        self._head_1D = head_1D.float().to(actors.lm.device)
+        self.config = copy.deepcopy(actors.lm.config)
+        self.config.num_labels = 1
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> SequenceClassifierOutput:
+        """Scores (B, 1) at the last kept token of right-padded rows."""
+        actors = self._actors
+        assert actors._peft is not None
+        actors._peft.set_adapter(REWARD)
+        with actors._precision():
+            states = actors.lm.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        actors._peft.set_adapter(POLICY)
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        last_BD = states.last_hidden_state[rows, attention_mask.sum(dim=1) - 1].float()
+        return SequenceClassifierOutput(logits=last_BD @ self._head_1D.T)
+
+    def parameters(self) -> Iterator[Tensor]:
+        """The backbone's, for their device."""
+        return self._actors.lm.parameters()
+
+    def eval(self) -> "SharedRewardModel":
+        """Always in evaluation mode."""
+        return self
+
+    def train(self, mode: bool = True) -> "SharedRewardModel":
+        """Stays in evaluation mode."""
+        return self
 
 
 def load_start(source: str, *, dtype: torch.dtype) -> PreTrainedModel:

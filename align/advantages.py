@@ -1,4 +1,4 @@
-"""Token rewards, generalised advantage estimation and whitening.
+"""Token rewards, generalised advantage estimation, whitening, and advantages against answers to the same prompt.
 
 Departs from the paper (Schulman et al. 2016, arXiv:1506.02438): an answer ends the episode, so the value after its last
 kept token is 0, for truncated answers too; and advantages are whitened over the kept tokens of the whole rollout, all
@@ -9,6 +9,8 @@ B answers, R answer positions. `keep_BR` is True where a position counts.
 
 import torch
 from torch import Tensor
+
+ESTIMATORS = ("gae", "grpo", "rloo", "gdpo")
 
 
 def token_rewards(score_B: Tensor, kl_BR: Tensor, keep_BR: Tensor, *, kl_coef: float) -> Tensor:
@@ -64,3 +66,24 @@ def whiten(x_BR: Tensor, keep_BR: Tensor, *, shift_mean: bool = True, all_reduce
     if not shift_mean:
         white_BR = white_BR + mean
     return white_BR.masked_fill(~keep_BR, 0.0).to(x_BR.dtype)
+
+
+def group_advantages(score_B: Tensor, scored_B: Tensor, group_size: int, *, kind: str) -> Tensor:
+    """How much better an answer is than the others to its prompt, (B,); rows of a group are neighbours.
+
+    grpo  (score - mean) / (std + 1e-4), both over the group (Shao et al. 2024, arXiv:2402.03300, eq. 3)
+    rloo  score - mean of the others (Ahmadian et al. 2024, arXiv:2402.14740, eq. 8)
+
+    Rows that are not `scored_B` are no part of their group and get 0, as does a row alone in its group.
+    """
+    score_GK = score_B.double().masked_fill(~scored_B, 0.0).view(-1, group_size)
+    scored_GK = scored_B.view(-1, group_size)
+    count_G1 = scored_GK.sum(dim=1, keepdim=True)
+    mean_G1 = score_GK.sum(dim=1, keepdim=True) / count_G1.clamp(min=1)
+    centred_GK = (score_GK - mean_G1).masked_fill(~scored_GK, 0.0)
+    if kind == "rloo":
+        advantage_GK = centred_GK * count_G1 / (count_G1 - 1).clamp(min=1)
+    else:
+        variance_G1 = centred_GK.square().sum(dim=1, keepdim=True) / (count_G1 - 1).clamp(min=1)
+        advantage_GK = centred_GK / (variance_G1.sqrt() + 1e-4)
+    return advantage_GK.flatten().to(score_B.dtype)

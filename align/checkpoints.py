@@ -3,6 +3,9 @@
 import random
 import re
 import shutil
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +53,20 @@ def load_checkpoint(folder: Path, *, rank: int = 0) -> tuple[int, dict[str, Any]
     """(step, state) of one rank. Only tensors and plain values are read: a pickle that would run code is refused."""
     step = int(re.fullmatch(r"step-(\d+)", folder.name).group(1))  # type: ignore[union-attr]
     return step, torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+
+
+def catch_sigterm() -> Callable[[], bool]:
+    """From now on SIGTERM only makes a note; the returned function says whether one came. Once is patient: the second
+    SIGTERM ends the process as ever. Outside the main thread nothing is caught."""
+    came: list[bool] = []
+
+    def note(number: int, _frame: Any) -> None:
+        came.append(True)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, note)
+    return lambda: bool(came)
 
 
 def rng_state() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The two clipped losses of PPO (Schulman et al. 2017, arXiv:1707.06347).
+"""The losses of PPO (Schulman et al. 2017, arXiv:1707.06347), and a KL term for those who want it in the loss.
 
 Normalisation: a loss here is a *sum* over kept tokens divided by `num_tokens`, the count over every micro-batch and
 rank of one optimizer step. Gradients then only need adding up: how a step is split into micro-batches or ranks changes
@@ -9,6 +9,8 @@ B answers, R answer positions. Everything here is fp32.
 
 import torch
 from torch import Tensor
+
+from align.kl_control import kl_estimate
 
 
 def masked_mean(x_BR: Tensor, keep_BR: Tensor) -> Tensor:
@@ -57,3 +59,16 @@ def clipped_value_loss(
     with torch.no_grad():
         sums = {"value/clip_fraction": ((held_BR > free_BR) & keep_BR).sum().float()}
     return 0.5 * torch.maximum(free_BR, held_BR).masked_fill(~keep_BR, 0.0).sum() / num_tokens, sums
+
+
+def kl_loss(logp_BR: Tensor, ref_logp_BR: Tensor, keep_BR: Tensor, *, kind: str, num_tokens: Tensor | float) -> Tensor:
+    """KL(policy || ref) as a part of the loss, sum over kept tokens / num_tokens.
+
+    The value is that of the estimator `kind`; the gradient is that of k2, whatever the kind: differentiated as they
+    stand, k1 has gradient 0 in expectation and k3 that of KL(ref || policy).
+    """
+    log_ratio_BR = (logp_BR - ref_logp_BR).masked_fill(~keep_BR, 0.0)
+    k2_BR = kl_estimate(log_ratio_BR, torch.zeros_like(log_ratio_BR), "k2")
+    with torch.no_grad():
+        value_BR = kl_estimate(log_ratio_BR, torch.zeros_like(log_ratio_BR), kind)
+    return (k2_BR - k2_BR.detach() + value_BR).masked_fill(~keep_BR, 0.0).sum() / num_tokens

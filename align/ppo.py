@@ -18,20 +18,19 @@ from pathlib import Path
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from align.actors import CRITICS, Actors, ModelSettings, load_start
-from align.advantages import gae, token_rewards, whiten
+from align.actors import Actors, load_start
 from align.checkpoints import (
+    catch_sigterm,
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -39,118 +38,23 @@ from align.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from align.kl_control import ESTIMATORS, KLController, kl_estimate
-from align.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path
-from align.losses import clipped_policy_loss, clipped_value_loss
-from align.preferences import Messages, read_prompts
-from align.rollouts import RolloutBatch, drop_long_prompts, pad_answers, texts_of
-from align.tracking import Metrics, stop_on_non_finite, write_rows
+from align.kl_control import KLController
+from align.launch import open_run, parse_settings, pick_dtype, resolve_path
+from align.losses import clipped_policy_loss, clipped_value_loss, kl_loss
+from align.optim import add_up_gradients, build_optimizer, clip_adaptively
+from align.ppo_inputs import build_reward, read_prompt_files
+from align.ppo_settings import PPOSettings
+from align.preferences import Messages
+from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
+from align.signals import signals
+from align.tracking import Metrics, speed, stop_on_non_finite, trl_names, write_rows
+from align.watch import Grader, grader_watch, rollout_watch
 from policy_models.chat import encode_prompts, sample_answers
 from policy_models.loading import load_tokenizer, resolve_model_source
-from policy_models.logprobs import answer_logprobs, pack_rows, token_budget_batches
+from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
 from policy_models.router import router_load
-from reward import CompositeReward, Reward, Scaling, default_composite, statistics
-
-RewardFunction = Callable[[Sequence[str], Sequence[str]], Reward]
-
-
-_AT_LEAST_ONE = (
-    "steps rollouts_per_step minibatches ppo_epochs max_new_tokens max_prompt_tokens scaling_prompts keep_checkpoints"
-).split()
-_NOT_NEGATIVE = "policy_lr critic_lr critic_warmup_steps eval_every eval_prompts save_every missing_eos_penalty".split()
-_ABOVE_ZERO = "temperature clip value_clip score_clip max_grad_norm".split()
-
-
-@dataclass(kw_only=True)
-class PPOSettings(ModelSettings):
-    """Settings of a PPO run. Counts say "per what"; rewards are in standard deviations of the reference policy."""
-
-    model: str = field(
-        default="bundled:tiny-moe", metadata={"help": "where the run starts: bundled name, folder or hub id"}
-    )
-    output_dir: str = field(default="runs/ppo", metadata={"help": "run folder"})
-    prompts_file: str = field(
-        default=str(STARTER / "prompts.jsonl"), metadata={"help": "JSON Lines with a field prompt"}
-    )
-    eval_prompts_file: str | None = field(default=None, metadata={"help": "held-out prompts; none: no evaluation"})
-    seed: int = field(default=0, metadata={"help": "of prompts, sampling and initialisation"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
-
-    steps: int = field(default=20, metadata={"help": "rollouts, each followed by its updates"})
-    rollouts_per_step: int = field(default=64, metadata={"help": "prompts a step, all ranks together"})
-    minibatches: int = field(default=2, metadata={"help": "optimizer steps per pass over the rollouts"})
-    ppo_epochs: int = field(default=2, metadata={"help": "passes over the rollouts"})
-    tokens_per_micro_batch: int = field(
-        default=2048, metadata={"help": "prompt, answer and padding tokens of a forward"}
-    )
-    max_prompt_tokens: int = field(default=256, metadata={"help": "longer prompts are left out"})
-    max_new_tokens: int = field(default=64, metadata={"help": "limit of an answer"})
-    temperature: float = field(default=1.0, metadata={"help": "of sampling and of every log-probability"})
-
-    critic: str = field(
-        default="own", metadata={"help": "own: adapter or copy with a head; head: a head on the reference"}
-    )
-
-    policy_lr: float = field(default=2e-4, metadata={"help": "AdamW, linear to 0 over the run"})
-    critic_lr: float = field(default=5e-4, metadata={"help": "the same for the critic"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "of policy and of critic gradients, each"})
-    clip: float = field(default=0.2, metadata={"help": "half-width of the ratio band"})
-    value_clip: float = field(default=0.5, metadata={"help": "half-width of the value band, in reward units"})
-    gamma: float = field(default=1.0, metadata={"help": "discount per token"})
-    lam: float = field(default=0.95, metadata={"help": "lambda of GAE"})
-    critic_warmup_steps: int = field(default=0, metadata={"help": "first steps in which only the critic is updated"})
-
-    kl_coef: float = field(default=0.05, metadata={"help": "charge per nat of KL to the reference, in the reward"})
-    kl_target: float | None = field(default=None, metadata={"help": "nats per answer; set: kl_coef adapts towards it"})
-    kl_horizon: float = field(default=2000.0, metadata={"help": "answers over which kl_coef adapts"})
-    kl_estimator: str = field(default="k1", metadata={"help": "k1, k2 or k3"})
-
-    fluency_weight: float = field(default=1.0, metadata={"help": "alpha"})
-    relevance_weight: float = field(default=1.0, metadata={"help": "beta"})
-    safety_weight: float = field(default=1.0, metadata={"help": "gamma"})
-    toxicity_weight: float = field(default=1.0, metadata={"help": "delta, subtracted"})
-    preference_weight: float = field(default=0.0, metadata={"help": "of the learned reward model, if there is one"})
-    reward_model: str | None = field(default=None, metadata={"help": "folder of a trained reward model"})
-    fluency_model: str = field(default="bundled:smollm2-135m-instruct", metadata={"help": "frozen language model"})
-    reward_scaling: str | None = field(default=None, metadata={"help": "scaling.json; none: fitted on the reference"})
-    scaling_prompts: int = field(default=96, metadata={"help": "reference answers that fit the scaling"})
-    score_clip: float = field(default=10.0, metadata={"help": "bound of a score before the KL charge"})
-    missing_eos_penalty: float = field(default=1.0, metadata={"help": "subtracted from an answer without a stop token"})
-
-    eval_every: int = field(default=10, metadata={"help": "steps between evaluations; 0: only first and last"})
-    eval_prompts: int = field(default=64, metadata={"help": "prompts of an evaluation"})
-    save_every: int = field(default=100, metadata={"help": "steps between checkpoints; 0: only the last"})
-    keep_checkpoints: int = field(default=2, metadata={"help": "newest checkpoints that stay"})
-    log_with: str | None = field(default=None, metadata={"help": "trackio, wandb or tensorboard beside metrics.jsonl"})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for names, ok, rule in (
-            (_AT_LEAST_ONE, lambda x: x >= 1, "must be at least 1"),
-            (_NOT_NEGATIVE, lambda x: x >= 0, "must be at least 0"),
-            (_ABOVE_ZERO, lambda x: x > 0, "must be above 0"),
-            (("gamma", "lam"), lambda x: 0 <= x <= 1, "must be between 0 and 1"),
-        ):
-            for name in names:
-                if not ok(getattr(self, name)):  # NaN fails every rule
-                    raise ValueError(f"{name}={getattr(self, name)}: {rule}")
-        if self.rollouts_per_step % self.minibatches:
-            raise ValueError(
-                f"{self.rollouts_per_step=} does not split into {self.minibatches=}; "
-                "make the first a multiple of the second"
-            )
-        if self.critic not in CRITICS:
-            raise ValueError(f"critic={self.critic!r}: must be one of {', '.join(CRITICS)}")
-        if self.kl_estimator not in ESTIMATORS:
-            raise ValueError(f"kl_estimator={self.kl_estimator!r}: must be one of {', '.join(ESTIMATORS)}")
-        if self.tokens_per_micro_batch < self.max_prompt_tokens + self.max_new_tokens:
-            raise ValueError(
-                f"{self.tokens_per_micro_batch=} is below {self.max_prompt_tokens=} + {self.max_new_tokens=}: "
-                "one row might not fit; raise the first or lower the others"
-            )
-        if self.preference_weight and not self.reward_model:
-            raise ValueError(f"{self.preference_weight=} but no reward_model: name its folder or set the weight to 0")
-        KLController(self.kl_coef, self.kl_target, self.kl_horizon)  # refuses what it cannot use
+from reward import CompositeReward, Reward, Scaling, statistics
+from reward.learned import LearnedPreference
 
 
 class PPO:
@@ -160,6 +64,11 @@ class PPO:
         self, settings: PPOSettings, accelerator: Accelerator, run: Path, reward: CompositeReward | None = None
     ):
         self.settings, self.accelerator, self.run = settings, accelerator, run
+        if settings.rollouts_per_step % (accelerator.num_processes * settings.answers_per_prompt):
+            raise ValueError(
+                f"rollouts_per_step={settings.rollouts_per_step} does not split into {accelerator.num_processes} "
+                f"processes x {settings.answers_per_prompt} answers per prompt; make it a multiple of their product"
+            )
         if settings.rollouts_per_step % (accelerator.num_processes * settings.minibatches):
             raise ValueError(
                 f"rollouts_per_step={settings.rollouts_per_step} does not split into {accelerator.num_processes} "
@@ -175,29 +84,54 @@ class PPO:
         backbone = load_start(settings.model, dtype=settings.weight_dtype).to(accelerator.device)
         lora = settings.lora_config(backbone)
         autocast = torch.bfloat16 if self.dtype == torch.bfloat16 else None
-        self.actors = Actors(backbone, lora=lora, critic=settings.critic, autocast=autocast)
-        self.groups = [self.actors.policy_parameters(), self.actors.critic_parameters()]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": self.groups[0], "lr": settings.policy_lr},
-                {"params": self.groups[1], "lr": settings.critic_lr},
-            ],
-            eps=1e-5,
-            weight_decay=0.0,
+        self.actors = Actors(
+            backbone,
+            lora=lora,
+            critic=settings.critic if settings.has_critic else "none",
+            autocast=autocast,
+            num_values=2 if settings.cost_component else 1,
+            gradient_checkpointing=settings.gradient_checkpointing,
         )
+        self.groups = [self.actors.policy_parameters(), self.actors.critic_parameters()]
+        rates = (settings.policy_lr, settings.critic_lr)
+        self.optimizer = build_optimizer(settings.optimizer, list(zip(self.groups, rates, strict=True)))
         total = settings.steps * settings.ppo_epochs * settings.minibatches
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: max(0.0, 1.0 - done / total))
         self.kl = KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
+        self.lagrangian = settings.lagrangian()
         # ranks draw different answers and shuffle alike
         self.sampling = torch.Generator(accelerator.device).manual_seed(
             settings.seed + 100_003 * accelerator.process_index
         )
-        self.reward = reward or build_reward(settings)
+        self.reward = reward or build_reward(settings, self.actors, self.tokenizer)
+        self.grader: Grader | None = (
+            LearnedPreference(settings.grader_model, dtype=self.dtype) if settings.grader_model else None
+        )
+        if settings.cost_component and settings.cost_component not in self.reward.weights:
+            raise ValueError(
+                f"cost_component={settings.cost_component!r} is no part of the reward; "
+                f"choose one of {', '.join(self.reward.weights)}"
+            )
 
     def _encode(self, prompts: list[Messages]) -> tuple[list[Messages], list[list[int]]]:
         if not prompts:
             return [], []
         return drop_long_prompts(prompts, encode_prompts(self.tokenizer, prompts), self.settings.max_prompt_tokens)
+
+    def step(self, step: int, metrics: Metrics) -> dict[str, Any]:
+        """One rollout and its updates, steps 1 to 7 but for evaluation and checkpoint; returns the row for the log."""
+        batch, scored = self.rollout(self.prompts_of_step(step), metrics)
+        keep, advantage, returns, measured = self.advantages(batch, scored)
+        row = statistics(scored) | measured | self.expert_metrics(batch) | {"kl_coef": self.kl.coef}
+        row |= rollout_watch(scored.total, batch.answers, batch.answer_lengths())
+        row["rollout/prompt_tokens"] = sum(map(len, batch.prompt_ids))
+        with metrics.phase("update"):
+            row |= trl_names(self.update(step, batch, keep, advantage, returns))
+        self.kl.update(measured["objective/kl"], self.settings.rollouts_per_step)
+        if self.lagrangian is not None:
+            spread = self.reward.scaling.std[str(self.settings.cost_component)] if self.reward.scaling else 1.0
+            self.lagrangian.update(measured["lagrangian/cost"], unit=spread)
+        return row | {"lr": self.scheduler.get_last_lr()[0]}
 
     # 1. prompts -------------------------------------------------------------------------------------------------------
 
@@ -206,7 +140,8 @@ class PPO:
 
         Each pass over the prompts is shuffled anew and used up before the next begins.
         """
-        n, per_step = len(self.prompts), self.settings.rollouts_per_step
+        n, answers_each = len(self.prompts), self.settings.answers_per_prompt
+        per_step = self.settings.rollouts_per_step // answers_each
         first = step * per_step
         order: list[int] = []
         for epoch in range(first // n, (first + per_step - 1) // n + 1):
@@ -215,7 +150,7 @@ class PPO:
         start = first - (first // n) * n
         share = per_step // self.accelerator.num_processes
         mine = start + self.accelerator.process_index * share
-        return order[mine : mine + share]
+        return [row for row in order[mine : mine + share] for _ in range(answers_each)]
 
     # 2 - 4. rollout, score, log-probabilities, values -----------------------------------------------------------------
 
@@ -244,7 +179,12 @@ class PPO:
                 device
             )
             keep = pad_answers([[1] * len(a.ids) for a in answers], fill=0, dtype=torch.bool).to(device)
-            old_logp, ref_logp, old_value, ref_states = self.log_probabilities(ids, answer_ids, keep)
+            sample_logp = pad_answers([a.logp for a in answers], fill=0.0, dtype=torch.float32).to(device)
+            trunk = self.trunk(ids, answer_ids, keep)
+            as_drawn = sample_logp if self.settings.old_logp == "rollout" else None
+            old_logp, ref_logp, old_value, ref_states = self.log_probabilities(
+                ids, answer_ids, keep, trunk, policy_logp=as_drawn
+            )
         batch = RolloutBatch(
             prompt_ids=ids,
             answer_ids=answer_ids,
@@ -252,7 +192,8 @@ class PPO:
             old_logp=old_logp,
             ref_logp=ref_logp,
             old_value=old_value,
-            sample_logp=pad_answers([a.logp for a in answers], fill=0.0, dtype=torch.float32).to(device),
+            sample_logp=sample_logp,
+            trunk=trunk,
             ref_states=ref_states,
             prompts=prompts,
             answers=texts,
@@ -260,95 +201,73 @@ class PPO:
         )
         return batch, reward
 
+    def packs(
+        self, ids: list[list[int]], answer_ids: Tensor, keep: Tensor, rows: Sequence[int], trunk: Trunk | None = None
+    ) -> list[tuple[list[int], PackedRows]]:
+        """(rows, packed) of each micro-batch that the given rows make."""
+        groups = micro_batches(ids, keep, rows, self.settings.tokens_per_micro_batch)
+        return [(g, pack_rows(ids, answer_ids, keep, g, self.tokenizer.pad_token_id, trunk)) for g in groups]
+
+    def trunk(self, ids: list[list[int]], answer_ids: Tensor, keep: Tensor) -> Trunk | None:
+        """What the layers below the first adapter make of the rollout, for every forward of this step."""
+        packs = self.packs(ids, answer_ids, keep, range(len(ids)))
+        return self.actors.trunk([pack for _, pack in packs], [rows for rows, _ in packs])
+
     @torch.no_grad()
     def log_probabilities(
-        self, ids: list[list[int]], answer_ids: Tensor, keep: Tensor
+        self,
+        ids: list[list[int]],
+        answer_ids: Tensor,
+        keep: Tensor,
+        trunk: Trunk | None = None,
+        *,
+        policy_logp: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """(policy log-probabilities, reference log-probabilities, values), each (B, R), and the reference's states.
 
         By the training forward, one model at a time over all micro-batches: switching adapters touches every layer.
+        With `policy_logp` the first is that, and takes no forward. Values are (B, R, 2) with a constraint, and zeros
+        without a critic.
         """
         s = self.settings
-        groups = list(micro_batches(ids, keep, range(len(ids)), s.tokens_per_micro_batch))
-        packs = [pack_rows(ids, answer_ids, keep, rows, self.tokenizer.pad_token_id) for rows in groups]
-        policy, reference, value = (torch.zeros(keep.shape, device=keep.device) for _ in range(3))
-        states: list[Tensor] | None = [] if s.critic == "head" else None
-        with self.actors.policy() as model:
-            for rows, pack in zip(groups, packs, strict=True):
-                policy[rows, : pack.keep.shape[1]] = answer_logprobs(model, pack, temperature=s.temperature)[0]
+        packs = self.packs(ids, answer_ids, keep, range(len(ids)), trunk)
+        policy, reference = (torch.zeros(keep.shape, device=keep.device) for _ in range(2))
+        if policy_logp is not None:
+            policy = policy_logp
+        else:
+            with self.actors.policy() as model:
+                for rows, pack in packs:
+                    policy[rows, : pack.keep.shape[1]] = answer_logprobs(model, pack, temperature=s.temperature)[0]
+        states: list[Tensor] | None = [] if self.actors.critic == "head" else None
         with self.actors.reference() as model:
-            for rows, pack in zip(groups, packs, strict=True):
+            for rows, pack in packs:
                 logp, _ = answer_logprobs(model, pack, temperature=s.temperature, states_out=states)
                 reference[rows, : pack.keep.shape[1]] = logp
-        for at, (rows, pack) in enumerate(zip(groups, packs, strict=True)):
+        value = torch.zeros(*keep.shape, *[2] * (s.cost_component is not None), device=keep.device)
+        for at, (rows, pack) in enumerate(packs if self.actors.critic != "none" else []):
             value_BR = self.actors.values(pack, states[at] if states else None)
-            value[rows, : pack.keep.shape[1]] = value_BR.masked_fill(~pack.keep, 0.0)
+            value[rows, : pack.keep.shape[1]] = value_BR.masked_fill(~like(pack.keep, value_BR), 0.0)
         if not states:
             return policy, reference, value, None
         all_states = torch.zeros(*keep.shape, states[0].shape[-1], device=keep.device)
-        for rows, part in zip(groups, states, strict=True):
+        for (rows, _), part in zip(packs, states, strict=True):
             all_states[rows, : part.shape[1]] = part
         return policy, reference, value, all_states
 
     # 5. advantages ----------------------------------------------------------------------------------------------------
 
     def advantages(self, batch: RolloutBatch, reward: Reward) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-        """(keep, whitened advantages, returns), each (B, R), and metrics. Rows without a total take no part."""
-        s, device = self.settings, self.accelerator.device
-        scored = torch.tensor([t is not None for t in reward.total], device=device)
-        score = torch.tensor([t if t is not None else 0.0 for t in reward.total], device=device)
-        # an answer that never ended is charged before the clip, and its tokens still count
-        score = (score - s.missing_eos_penalty * (~batch.finished)).clamp(-s.score_clip, s.score_clip)
-        score = score.masked_fill(~scored, 0.0)
-        keep = batch.keep & scored[:, None]
-        kl = kl_estimate(batch.old_logp, batch.ref_logp, s.kl_estimator).masked_fill(~keep, 0.0)
-        rewards = token_rewards(score, kl, keep, kl_coef=self.kl.coef)
-        advantage, returns = gae(rewards, batch.old_value, keep, gamma=s.gamma, lam=s.lam)
-        white = whiten(advantage, keep, all_reduce=self.all_reduce)
-
-        kl_B = kl_estimate(batch.old_logp, batch.ref_logp, "k1").masked_fill(~batch.keep, 0.0).sum(dim=1)
-        unexplained = (returns - batch.old_value)[keep].double()
-        totals = self.sum_over_ranks(
-            {
-                "answers": torch.tensor(len(batch)),
-                "scored": scored.sum(),
-                "kl": kl_B.sum(),
-                "score": score.sum(),
-                "reward": rewards.sum(),
-                "finished": batch.finished.sum(),
-                "tokens": batch.keep.sum(),
-                "mismatch": (batch.old_logp - batch.sample_logp).abs().masked_fill(~batch.keep, 0.0).sum(),
-                "kept": keep.sum(),
-                "return": returns[keep].double().sum(),
-                "return_squared": returns[keep].double().square().sum(),
-                "unexplained": unexplained.sum(),
-                "unexplained_squared": unexplained.square().sum(),
-            }
+        """(keep, advantages, returns) and metrics, by `align.signals`."""
+        made = signals(
+            batch,
+            reward,
+            settings=self.settings,
+            weights=self.reward.weights,
+            kl_coef=self.kl.coef,
+            lagrangian=self.lagrangian,
+            all_reduce=self.all_reduce,
         )
-        answers, num_scored = totals["answers"], max(totals["scored"], 1.0)
-        tokens, kept = max(totals["tokens"], 1.0), max(totals["kept"], 1.0)
-        variance = totals["return_squared"] / kept - (totals["return"] / kept) ** 2
-        residual = totals["unexplained_squared"] / kept - (totals["unexplained"] / kept) ** 2
-        measured = {
-            "objective/kl": totals["kl"] / answers,
-            "objective/scores": totals["score"] / num_scored,
-            "objective/rlhf_reward": totals["reward"] / num_scored,
-            "objective/non_score_reward": (totals["reward"] - totals["score"]) / num_scored,
-            "rollout/answer_tokens_mean": totals["tokens"] / answers,
-            "rollout/answer_tokens_max": float(batch.keep.sum(dim=1).max()),
-            "rollout/finished_share": totals["finished"] / answers,
-            "rollout/logp_mismatch": totals["mismatch"] / tokens,
-            "rollout/dropped_rows": answers - totals["scored"],
-            "rollout/answers": answers,
-            "rollout/answer_tokens": totals["tokens"],
-            "val/explained_variance": 1.0 - residual / variance if variance > 0 else 0.0,
-        }
-        return keep, white, returns, measured
-
-    def sum_over_ranks(self, totals: dict[str, Tensor]) -> dict[str, float]:
-        """Scalars summed over all ranks, in one exchange."""
-        flat = torch.stack([value.to(self.accelerator.device, torch.float64) for value in totals.values()])
-        return dict(zip(totals, self.all_reduce(flat).tolist(), strict=True))
+        return made.keep, made.advantage, made.returns, made.measured
 
     # 6. updates -------------------------------------------------------------------------------------------------------
 
@@ -361,29 +280,35 @@ class PPO:
         tokens_used = 0.0
         train_policy = step >= s.critic_warmup_steps
         shuffle = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
-        for _epoch in range(s.ppo_epochs):
-            order = torch.randperm(len(batch), generator=shuffle).tolist()
-            for part in range(s.minibatches):
-                rows = order[part :: s.minibatches]
-                num_tokens = self.all_reduce(keep[rows].sum().double()).clamp(min=1.0)
-                tokens_used += float(num_tokens)
-                self._accumulate(batch, rows, keep, advantage, returns, num_tokens, train_policy, sums)
-                self._optimizer_step(batch, rows, num_tokens, sums, train_policy)
+        orders = [torch.randperm(len(batch), generator=shuffle).tolist() for _ in range(s.ppo_epochs)]
+        plan = [order[part :: s.minibatches] for order in orders for part in range(s.minibatches)]
+        taken = 0
+        for rows in plan:
+            taken += 1
+            num_tokens = self.all_reduce(keep[rows].sum().double()).clamp(min=1.0)
+            tokens_used += float(num_tokens)
+            kl_before = sums.get("policy/approx_kl", torch.zeros((), device=keep.device))
+            self._accumulate(batch, rows, keep, advantage, returns, num_tokens, train_policy, sums)
+            self._optimizer_step(batch, rows, num_tokens, sums, train_policy)
+            if s.target_kl is not None and train_policy:  # from sums over ranks, so that all stop or none
+                moved = self.all_reduce((sums["policy/approx_kl"] - kl_before).double()) / num_tokens
+                if float(moved) > s.target_kl:
+                    break
+        for _ in plan[taken:]:  # the rate falls with the rollouts, whether or not all updates were made
+            self.scheduler.step()
         reduced = self.all_reduce(torch.stack([sums[name].double() for name in sorted(sums)])).tolist()
         means = dict(zip(sorted(sums), (value / tokens_used for value in reduced), strict=True))
-        steps = s.ppo_epochs * s.minibatches
         ranks = self.accelerator.num_processes
         for name in ("policy/grad_norm", "value/grad_norm"):
-            means[name] = means[name] * tokens_used / (steps * ranks)
+            means[name] = means[name] * tokens_used / (taken * ranks)
+        if s.target_kl is not None:
+            means["policy/optimizer_steps"] = taken
         return means
 
     def _accumulate(self, batch, rows, keep, advantage, returns, num_tokens, train_policy, sums) -> None:
         """Adds the gradients of one minibatch, micro-batch by micro-batch; the sums for the log stay on the device."""
         s = self.settings
-        groups = list(micro_batches(batch.prompt_ids, batch.keep, rows, s.tokens_per_micro_batch))
-        packs = [
-            pack_rows(batch.prompt_ids, batch.answer_ids, keep, group, self.tokenizer.pad_token_id) for group in groups
-        ]
+        packs = self.packs(batch.prompt_ids, batch.answer_ids, keep, rows, batch.trunk)
 
         def cut(x: Tensor, group: list[int], width: int) -> Tensor:
             return x[group][:, :width]
@@ -394,7 +319,7 @@ class PPO:
 
         if train_policy:
             with self.actors.policy() as model:
-                for group, pack in zip(groups, packs, strict=True):
+                for group, pack in packs:
                     R = pack.keep.shape[1]
                     logp, entropy = answer_logprobs(model, pack, temperature=s.temperature)
                     loss, stats = clipped_policy_loss(
@@ -405,9 +330,15 @@ class PPO:
                         clip=s.clip,
                         num_tokens=num_tokens,
                     )
+                    if s.kl_in == "loss":
+                        near = kl_loss(
+                            logp, cut(batch.ref_logp, group, R), pack.keep, kind=s.kl_estimator, num_tokens=num_tokens
+                        )
+                        loss = loss + self.kl.coef * near
+                        stats["policy/kl_loss"] = near * num_tokens
                     loss.backward()
                     add({**stats, "policy/entropy": entropy.sum(), "policy/loss": loss * num_tokens})
-        for group, pack in zip(groups, packs, strict=True):
+        for group, pack in packs if self.actors.critic != "none" else []:
             R = pack.keep.shape[1]
             states = None if batch.ref_states is None else batch.ref_states[group][:, :R]
             value = self.actors.values(pack, states)
@@ -415,7 +346,7 @@ class PPO:
                 value,
                 cut(batch.old_value, group, R),
                 cut(returns, group, R),
-                pack.keep,
+                like(pack.keep, value),
                 clip=s.value_clip,
                 num_tokens=num_tokens,
             )
@@ -425,7 +356,10 @@ class PPO:
     def _optimizer_step(self, batch, rows, num_tokens, sums, train_policy: bool) -> None:
         norms = []
         for parameters in self.groups:
-            self._add_up_gradients(parameters)
+            if self.accelerator.num_processes > 1:
+                add_up_gradients(parameters, self.all_reduce)
+            if self.settings.adaptive_clip is not None:
+                clip_adaptively(parameters, self.settings.adaptive_clip)
             norms.append(nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
         # one look at the device per optimizer step: a NaN anywhere in the window shows in a norm
         norm = float(norms[0] + norms[1])
@@ -439,17 +373,6 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True):
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
-
-    def _add_up_gradients(self, parameters: list[nn.Parameter]) -> None:
-        """Sums gradients over ranks; a parameter that saw no token on this rank counts as 0."""
-        if self.accelerator.num_processes == 1:
-            return
-        flat = torch.cat(
-            [(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1).float() for p in parameters]
-        )
-        flat = self.all_reduce(flat)
-        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = grad.view_as(parameter).to(parameter.dtype)
 
     def all_reduce(self, totals: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -470,20 +393,25 @@ class PPO:
             keep = pad_answers([[1] * len(a.ids) for a in answers], fill=0, dtype=torch.bool).to(
                 self.accelerator.device
             )
-            logp, ref_logp, _, _ = self.log_probabilities(self.eval_ids, answer_ids.to(keep.device), keep)
+            answer_ids = answer_ids.to(keep.device)
+            trunk = self.trunk(self.eval_ids, answer_ids, keep)
+            logp, ref_logp, _, _ = self.log_probabilities(self.eval_ids, answer_ids, keep, trunk)
+            graded = self.grader(prompts, texts) if self.grader else None
+        rows = [
+            {
+                "prompt": p,
+                "answer": a,
+                "total": t,
+                **{name: part[i] for name, part in reward.parts.weighted.items()},
+                **({"grader": graded[i]} if graded else {}),
+            }
+            for i, (p, a, t) in enumerate(zip(prompts, texts, reward.total, strict=True))
+        ]
+        watched = grader_watch(rows, self.run / "samples" / "step-000000.jsonl") if step else {}
         if self.accelerator.is_main_process:
-            rows = [
-                {
-                    "prompt": p,
-                    "answer": a,
-                    "total": t,
-                    **{name: part[i] for name, part in reward.parts.weighted.items()},
-                }
-                for i, (p, a, t) in enumerate(zip(prompts, texts, reward.total, strict=True))
-            ]
             write_rows(self.run / "samples" / f"step-{step:06d}.jsonl", rows)
         measured = statistics(reward)
-        return {
+        return watched | {
             "eval/reward_mean": measured["reward/total_mean"],
             "eval/reward_std": measured["reward/total_std"],
             "eval/kl_per_answer": float((logp - ref_logp).masked_fill(~keep, 0.0).sum(dim=1).mean()),
@@ -547,6 +475,7 @@ class PPO:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "kl": self.kl.state_dict(),
+            "lagrangian": self.lagrangian.state_dict() if self.lagrangian else {},
             "sampling": self.sampling.get_state(),
             "rng": rng_state(),
         }
@@ -557,55 +486,36 @@ class PPO:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         self.kl.load_state_dict(state["kl"])
+        if self.lagrangian:
+            self.lagrangian.load_state_dict(state["lagrangian"])
         self.sampling.set_state(state["sampling"])
         set_rng_state(state["rng"])
 
 
-def micro_batches(
-    prompt_ids: Sequence[Sequence[int]], keep: Tensor, rows: Sequence[int], budget: int
-) -> Iterator[list[int]]:
-    """Groups of the given rows whose packed form holds at most `budget` tokens."""
-    prompt_lengths = [len(prompt_ids[row]) for row in rows]
-    for group in token_budget_batches(prompt_lengths, keep[list(rows)].sum(dim=1).tolist(), budget):
-        yield [rows[at] for at in group]
+def like(keep_BR: Tensor, x: Tensor) -> Tensor:
+    """`keep_BR` with a dimension more where x has one, (B, R) or (B, R, values)."""
+    return keep_BR if x.dim() == keep_BR.dim() else keep_BR[..., None].expand(x.shape)
 
 
-def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messages]]:
-    """(prompts to train on, prompts to evaluate on); the latter are taken at even steps through their file."""
-    prompts = read_prompts(resolve_path(settings.prompts_file))
-    held_out = read_prompts(resolve_path(settings.eval_prompts_file)) if settings.eval_prompts_file else []
-    count = min(settings.eval_prompts, len(held_out))
-    return prompts, [held_out[at * len(held_out) // count] for at in range(count)]
-
-
-def build_reward(settings: PPOSettings) -> CompositeReward:
-    """The composite reward that the settings describe, not yet scaled."""
-    composite = default_composite(
-        alpha=settings.fluency_weight,
-        beta=settings.relevance_weight,
-        gamma=settings.safety_weight,
-        delta=settings.toxicity_weight,
-        fluency_source=settings.fluency_model,
-    )
-    if not settings.preference_weight:
-        return composite
-    from reward.learned import LearnedPreference
-
-    assert settings.reward_model is not None
-    learned = LearnedPreference(settings.reward_model, dtype=pick_dtype(settings.dtype))
-    parts = [(part, composite.weights[name]) for name, part in composite.components.items()]
-    return CompositeReward([*parts, (learned, settings.preference_weight)])
+def refuse_sharding(accelerator: Accelerator) -> None:
+    """ValueError under FSDP or DeepSpeed: this loop adds gradients of whole models up, and would shard nothing."""
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"PPO does not run under {accelerator.distributed_type.value}: every process holds the whole model; launch it "
+            "with configs/accelerate/ddp.yaml, and use lora, gradient_checkpointing and adamw_8bit where memory is short"
+        )
 
 
 def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Path:
     """Runs PPO and returns the run folder. `reward` replaces the composite that the settings describe."""
     accelerator = Accelerator(log_with=settings.log_with, project_dir=settings.output_dir)
+    refuse_sharding(accelerator)
     read_prompt_files(settings)  # bad rows show before a model is built, loaded or downloaded
     resolve_model_source(settings.model)
     if reward is None:
         if settings.fluency_weight:
             resolve_model_source(settings.fluency_model)
-        if settings.preference_weight and settings.reward_model:
+        if settings.preference_weight and settings.reward_model and not settings.shares_reward_model:
             resolve_model_source(settings.reward_model)
     run = open_run(settings.output_dir, settings) if accelerator.is_main_process else Path(settings.output_dir)
     if accelerator.is_main_process and not settings.resume:
@@ -622,6 +532,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
         first, state = load_checkpoint(checkpoint, rank=accelerator.process_index)
         ppo.restore(state)
     metrics.start_at(first)
+    asked_to_stop = catch_sigterm()
 
     bar = tqdm(
         range(first, settings.steps),
@@ -634,23 +545,21 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
         row: dict[str, Any] = {"step": step, "episode": step * settings.rollouts_per_step}
         if step == 0 or (settings.eval_every and step % settings.eval_every == 0):
             row |= ppo.evaluate(step, metrics)
-        batch, scored = ppo.rollout(ppo.prompts_of_step(step), metrics)
-        keep, advantage, returns, measured = ppo.advantages(batch, scored)
-        row |= statistics(scored) | measured | ppo.expert_metrics(batch) | {"kl_coef": ppo.kl.coef}
-        with metrics.phase("update"):
-            row |= trl_names(ppo.update(step, batch, keep, advantage, returns))
-        ppo.kl.update(measured["objective/kl"], settings.rollouts_per_step)
-        row["lr"] = ppo.scheduler.get_last_lr()[0]
-        bar.set_postfix(score=f"{measured['objective/scores']:.2f}", kl=f"{measured['objective/kl']:.2f}")
+        row |= ppo.step(step, metrics)
+        bar.set_postfix(score=f"{row['objective/scores']:.2f}", kl=f"{row['objective/kl']:.2f}")
+        stopping = ppo.all_reduce(torch.tensor(float(asked_to_stop()), device=accelerator.device)) > 0
         last = step + 1 == settings.steps
-        if last or (settings.save_every and (step + 1) % settings.save_every == 0):
+        if last or stopping or (settings.save_every and (step + 1) % settings.save_every == 0):
             save_checkpoint(run, step + 1, ppo.state(), rank=accelerator.process_index)
             accelerator.wait_for_everyone()  # every rank's file is there before an older step goes
             if accelerator.is_main_process:
                 prune_checkpoints(run, keep_last=settings.keep_checkpoints)
-        row = metrics.write(row)
+        row = metrics.write(row | speed(row, metrics.seconds()))
         if settings.log_with:
             accelerator.log({k: v for k, v in row.items() if isinstance(v, int | float)}, step=step)
+        if stopping and not last:
+            bar.close()
+            raise SystemExit(f"ppo: stopped by SIGTERM after step {step + 1}; go on with --resume true")
     final = {"step": settings.steps, "episode": settings.steps * settings.rollouts_per_step}
     metrics.write(final | ppo.evaluate(settings.steps, metrics))
     if accelerator.is_main_process:
@@ -659,20 +568,6 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return run
-
-
-def trl_names(sums: dict[str, float]) -> dict[str, float]:
-    """Means over kept tokens under the names that TRL's PPO logged, where there is one."""
-    names = {
-        "policy/loss": "loss/policy_avg",
-        "value/loss": "loss/value_avg",
-        "policy/approx_kl": "policy/approxkl_avg",
-        "policy/clip_fraction": "policy/clipfrac_avg",
-        "value/clip_fraction": "val/clipfrac_avg",
-        "policy/entropy": "objective/entropy",
-        "policy/ratio": "val/ratio",
-    }
-    return {names.get(name, name): value for name, value in sums.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

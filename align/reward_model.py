@@ -3,6 +3,7 @@
 Launch: `accelerate launch align/reward_model.py --config configs/reward_model/debug.yaml`
 
 Bradley-Terry on preference pairs (Ouyang et al. 2022, eq. 1), with a centring term. What the run leaves:
+`adapter/`            the LoRA adapter and head alone, for a PPO run that holds one set of weights
 `model/`              the backbone with a scalar head, LoRA merged, and `reward_scaling.json`: mean and standard
 deviation
                       of the scores of training answers, so that scores can be read as "standard deviations above usual"
@@ -31,7 +32,7 @@ from align.tracking import MetricsCallback, StopOnNonFinite
 from eval.intervals import wilson
 from policy_models.attention import default_attention
 from policy_models.loading import load_scalar_model, load_tokenizer, resolve_model_source
-from reward.learned import LearnedPreference
+from reward.learned import SCALING_FILE, LearnedPreference
 
 
 @dataclass(kw_only=True)
@@ -90,7 +91,9 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     chosen, rejected = score_pairs(scorer, train_pairs[:64])
     scores = np.concatenate([chosen, rejected])
     scaling = {"mean": float(scores.mean()), "std": float(max(scores.std(), 1e-6))}
-    (run / "model" / "reward_scaling.json").write_text(json.dumps(scaling, indent=2) + "\n", encoding="utf-8")
+    for folder in {run / "model", run / "adapter"}:
+        if folder.is_dir():
+            (folder / SCALING_FILE).write_text(json.dumps(scaling, indent=2) + "\n", encoding="utf-8")
     report = accuracy_report(held_out, *score_pairs(scorer, held_out))
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return run

@@ -3,13 +3,14 @@
 B answers, P prompt positions, R answer positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from align.preferences import Messages, last_user_text
+from policy_models.logprobs import Trunk, token_budget_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,12 @@ class RolloutBatch:
     prompt_ids   B lists of token ids, chat template applied, no padding
     answer_ids   (B, R) right-padded; the stop token, where there is one, is the last kept
     keep         (B, R) True on answer tokens, the stop token included
-    old_logp     (B, R) log-probability under the policy that drew the tokens, by the training forward
+    old_logp     (B, R) log-probability under the policy that drew the tokens, by the training forward unless asked else
     ref_logp     (B, R) the same under the reference
-    old_value    (B, R) the critic's value before each token
+    old_value    (B, R) the critic's value before each token; (B, R, 2), of rewards and of costs, under a constraint
     sample_logp  (B, R) as the rollout engine computed it while drawing; for the mismatch metric only
     ref_states   (B, R, D) the reference's hidden states before each token, if the critic is a head on them
+    trunk        states below the first adapter, where there is such a layer
     prompts      last user turn, text;  answers  text without the stop token
     finished     (B,) True where a stop token ended the answer
     """
@@ -39,6 +41,7 @@ class RolloutBatch:
     prompts: list[str]
     answers: list[str]
     finished: Tensor
+    trunk: Trunk | None = None
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -70,3 +73,12 @@ def pad_answers(rows: Sequence[Sequence[float]], *, fill: float, dtype: torch.dt
 def texts_of(prompts: Sequence[Messages]) -> list[str]:
     """The last user turn of each prompt, which is what rewards and reports look at."""
     return [last_user_text(prompt) for prompt in prompts]
+
+
+def micro_batches(
+    prompt_ids: Sequence[Sequence[int]], keep: Tensor, rows: Sequence[int], budget: int
+) -> Iterator[list[int]]:
+    """Groups of the given rows whose packed form holds at most `budget` tokens."""
+    prompt_lengths = [len(prompt_ids[row]) for row in rows]
+    for group in token_budget_batches(prompt_lengths, keep[list(rows)].sum(dim=1).tolist(), budget):
+        yield [rows[at] for at in group]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,10 @@ class Metrics:
         finally:
             key = f"time/{name}_s"
             self._times[key] = self._times.get(key, 0.0) + time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        """Wall time by phase since the last row."""
+        return {key.removeprefix("time/").removesuffix("_s"): spent for key, spent in self._times.items()}
 
     def write(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Writes and returns the row with the phase times added; numbers that are not finite become null."""
@@ -75,6 +80,34 @@ def stop_on_non_finite(run: Path, what: str, value: float, batch: Mapping[str, A
         f"{what} is {value}: the run stops here. The batch is in {path}; "
         "try a lower learning rate, a lower max_grad_norm or dtype=float32"
     )
+
+
+def speed(row: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, float]:
+    """perf/generated_tokens_per_s while sampling, perf/tokens_per_s of a step without evaluation, perf/peak_mib."""
+    generated, step = seconds.get("generate", 0.0), sum(spent for name, spent in seconds.items() if name != "evaluate")
+    tokens = row.get("rollout/answer_tokens", 0)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+    return {
+        "perf/generated_tokens_per_s": tokens / generated if generated else 0.0,
+        "perf/tokens_per_s": (tokens + row.get("rollout/prompt_tokens", 0)) / step if step else 0.0,
+        "perf/peak_mib": peak,
+    }
+
+
+def trl_names(sums: dict[str, float]) -> dict[str, float]:
+    """Means over kept tokens under the names that TRL's PPO logged, where there is one."""
+    names = {
+        "policy/loss": "loss/policy_avg",
+        "value/loss": "loss/value_avg",
+        "policy/approx_kl": "policy/approxkl_avg",
+        "policy/clip_fraction": "policy/clipfrac_avg",
+        "value/clip_fraction": "val/clipfrac_avg",
+        "policy/entropy": "objective/entropy",
+        "policy/ratio": "val/ratio",
+    }
+    return {names.get(name, name): value for name, value in sums.items()}
 
 
 class MetricsCallback(TrainerCallback):

@@ -32,13 +32,15 @@ import align.reward_model
 import align.sft
 import apps.upcycle
 from align.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
+from align.ppo_inputs import build_reward
+from align.ppo_settings import PPOSettings
 from align.tracking import write_rows
 from eval.compare import summarise
 from eval.report import render
 from eval.samples import read_samples
 from eval.transcripts import add_kl, transcribe
 from policy_models.loading import load_policy, load_tokenizer
-from reward import CompositeReward, Scaling
+from reward import Scaling
 
 CONFIGS = REPOSITORY / "configs"
 STAGES = ("upcycle", "sft", "reward_model", "dpo", "ppo")
@@ -141,8 +143,8 @@ def demo(settings: DemoSettings) -> Path:
 
 def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
     """Transcripts of start, DPO and PPO, by the reward and the sampling of the PPO run; written to out/eval/."""
-    ppo = align.ppo.PPOSettings(**_settings_of(out / "ppo", align.ppo.PPOSettings))
-    reward: CompositeReward = align.ppo.build_reward(ppo)
+    ppo = PPOSettings(**_settings_of(out / "ppo", PPOSettings))
+    reward = build_reward(ppo)
     reward.scaling = Scaling.load(out / "ppo" / "scaling.json")
     dtype = pick_dtype(ppo.dtype)
     tokenizer = load_tokenizer(str(out / "policy"))

@@ -100,6 +100,37 @@ def plot_value(rows: Sequence[Row], *, theme: Theme = LIGHT) -> Figure:
     return figure
 
 
+def plot_watch(rows: Sequence[Row], *, theme: Theme = LIGHT) -> Figure:
+    """How far the reward of a rollout goes with the length and the repetition of its answers, -1 to 1."""
+    require(rows, "watch/length_correlation")
+    figure, (ax,) = new_figure(theme)
+    line(ax, rows, "watch/length_correlation", theme.series[0], label="length")
+    if has(rows, "watch/repetition_correlation"):
+        line(ax, rows, "watch/repetition_correlation", theme.series[3], label="repetition")
+    ax.axhline(0, color=theme.muted, lw=0.8)
+    ax.set(xlabel="PPO step", ylabel="correlation\nwith the reward", ylim=(-1, 1))
+    legend_above(ax, theme)
+    return figure
+
+
+def plot_grader(rows: Sequence[Row], *, theme: Theme = LIGHT) -> Figure:
+    """Gain of the reward and of a grader that is not trained on, since step 0, over the KL that they cost.
+
+    The two are in units of their own: what matters is whether both rise. Whiskers are 95 percent intervals.
+    """
+    require(rows, "watch/proxy_gain", "watch/grader_gain", "eval/kl_per_answer")
+    figure, panels = new_figure(theme, panels=2)
+    for ax, name, colour in zip(panels, ("proxy", "grader"), theme.series, strict=False):
+        kept = [row for row in rows if is_number(row.get(f"watch/{name}_gain"))]
+        kl = [max(0.0, row["eval/kl_per_answer"]) for row in kept]
+        gain, margin = ([row[f"watch/{name}_gain{end}"] for row in kept] for end in ("", "_margin"))
+        ax.errorbar([0.0, *kl], [0.0, *gain], [0.0, *margin], color=colour, marker="o", ms=4, lw=1.5, capsize=2)
+        ax.axhline(0, color=theme.muted, lw=0.8)
+        ax.set_ylabel("gain of the\n" + ("reward" if name == "proxy" else "held-out grader"))
+    panels[-1].set_xlabel("KL from start, nats an answer")
+    return figure
+
+
 def plot_expert_load(rows: Sequence[Row], *, theme: Theme = LIGHT) -> Figure:
     """Tokens routed to each expert over its fair share, at the first and the last step: 1 is fair, 0 is dead."""
     with_load = [row for row in rows if row.get("moe/load")]

@@ -390,6 +390,11 @@ def plot_sections(run: Run) -> tuple[list[dict[str, Any]], list[str]]:
              lambda theme: plots.plot_policy_update(ppo, theme=theme)),
             ("Critic", "As long as it explains nothing, advantages are little more than centred rewards.",
              lambda theme: plots.plot_value(ppo, theme=theme)),
+            ("Reward against a grader", "A grader that is never trained on, on the same held-out prompts as at step 0. "
+             "Where the reward rises and the grader falls, the reward is being gamed.",
+             lambda theme: plots.plot_grader(ppo, theme=theme)),
+            ("Cheap tricks", "A reward that goes with length or repetition can be had without a better answer.",
+             lambda theme: plots.plot_watch(ppo, theme=theme)),
             ("Expert load", "Tokens sent to each expert over an equal share: 1 is fair, 0 is a dead expert.",
              lambda theme: plots.plot_expert_load(ppo, theme=theme)),
         ],

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from policy_models.trunk import upper_layers
+
 _CHUNK_ROWS = 256  # rows of fp32 logits held at a time: 50 MB at a vocabulary of 49,152
 
 
@@ -93,6 +95,13 @@ class PackedRows:
     position_ids: Tensor  # (B, P + R)
     answer_ids: Tensor  # (B, R)
     keep: Tensor  # (B, R)
+    trunk: Tensor | None = None  # (B, P + R, D) states after the first `trunk_layers` layers, in place of the ids
+    trunk_layers: int = 0
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of a forward."""
+        ids = {"input_ids": self.input_ids} if self.trunk is None else {"inputs_embeds": self.trunk}
+        return ids | {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
 
     def predicts(self) -> Tensor:
         """(B, P + R) True at the positions whose logits predict a kept answer token: one before it."""
@@ -102,8 +111,21 @@ class PackedRows:
         return mask
 
 
+@dataclass(frozen=True, kw_only=True)
+class Trunk:
+    """States of each row's tokens after the first `num_layers` layers: (prompt + answer tokens, D), no padding."""
+
+    states: list[Tensor]
+    num_layers: int
+
+
 def pack_rows(
-    prompt_ids: Sequence[Sequence[int]], answer_ids: Tensor, keep: Tensor, rows: Sequence[int], pad_id: int
+    prompt_ids: Sequence[Sequence[int]],
+    answer_ids: Tensor,
+    keep: Tensor,
+    rows: Sequence[int],
+    pad_id: int,
+    trunk: "Trunk | None" = None,
 ) -> PackedRows:
     """[left-padded prompt, right-padded answer] for the given rows, no wider than they need."""
     device = answer_ids.device
@@ -118,12 +140,21 @@ def pack_rows(
         prompt_BP[at, prompt_width - len(ids) :] = ids
         prompt_keep_BP[at, prompt_width - len(ids) :] = 1
     mask = torch.cat([prompt_keep_BP, keep_BR.long()], dim=1)
+    states = None
+    if trunk is not None:
+        states = trunk.states[0].new_zeros(*mask.shape, trunk.states[0].shape[-1])
+        for at, row in enumerate(rows):
+            start = prompt_width - len(prompt_ids[row])
+            part = trunk.states[row][: mask.shape[1] - start]
+            states[at, start : start + len(part)] = part
     return PackedRows(
         input_ids=torch.cat([prompt_BP, answer_BR.masked_fill(~keep_BR, pad_id)], dim=1),
         attention_mask=mask,
         position_ids=mask.cumsum(dim=1) - mask,
         answer_ids=answer_BR,
         keep=keep_BR,
+        trunk=states,
+        trunk_layers=0 if trunk is None else trunk.num_layers,
     )
 
 
@@ -144,13 +175,8 @@ def answer_logprobs(
     try:
         # a bool mask, not "the last R + 1": a slice of the states is not contiguous, and on the CPU a linear layer of a
         # non-contiguous 3-D input copies its whole weight once a row (3.7 s instead of 0.13 s for 480 positions)
-        logits_NV = model(
-            input_ids=packed.input_ids,
-            attention_mask=packed.attention_mask,
-            position_ids=packed.position_ids,
-            logits_to_keep=packed.predicts(),
-            use_cache=False,
-        ).logits
+        with upper_layers(model, packed.trunk_layers):
+            logits_NV = model(**packed.inputs(), logits_to_keep=packed.predicts(), use_cache=False).logits
     finally:
         if hook is not None:
             hook.remove()
@@ -160,12 +186,8 @@ def answer_logprobs(
 
 def answer_states(model: PreTrainedModel, packed: PackedRows) -> Tensor:
     """Final hidden states at the positions that predict a kept token, (B, R, D) fp32, 0 where not kept."""
-    states = model.base_model(
-        input_ids=packed.input_ids,
-        attention_mask=packed.attention_mask,
-        position_ids=packed.position_ids,
-        use_cache=False,
-    ).last_hidden_state
+    with upper_layers(model, packed.trunk_layers):
+        states = model.base_model(**packed.inputs(), use_cache=False).last_hidden_state
     return _scatter(states[packed.predicts()].float(), packed.keep)
 
 

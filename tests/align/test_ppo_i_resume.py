@@ -74,7 +74,7 @@ def assert_same_state(a, b):
 
 def timeless(rows):
     """Metrics without wall times and rates."""
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and "per_s" not in k} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
 # I1

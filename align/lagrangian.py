@@ -1,0 +1,54 @@
+"""Safety as a constraint: maximise the reward subject to a mean cost of at most a limit.
+
+The multiplier follows Safe RLHF (Dai et al. 2023, arXiv:2310.12773, eq. 9): gradient ascent on its logarithm, so that it
+stays above 0. Departs from the released code in one thing: it moves once a rollout, where that moves once a micro-batch
+and epoch with the same costs, so that its rate depends on the layout of the batch.
+
+B answers, R answer positions.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Lagrangian:
+    """The multiplier of the constraint mean cost <= limit. Costs and limit are in one unit.
+
+    After each rollout: log(value) += lr * value * (mean cost - limit), held at `maximum`.
+    """
+
+    value: float
+    limit: float
+    lr: float = 0.1
+    maximum: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.value <= self.maximum:
+            raise ValueError(
+                f"multiplier_start={self.value}: must be above 0 and at most multiplier_max={self.maximum}"
+            )
+        if not self.lr > 0:
+            raise ValueError(f"multiplier_lr={self.lr}: must be above 0")
+        if not math.isfinite(self.limit):
+            raise ValueError(f"cost_limit={self.limit}: must be a finite number")
+
+    def update(self, mean_cost: float, *, unit: float = 1.0) -> None:
+        """`mean_cost` is over all ranks; its distance from the limit counts in `unit`s (a spread of the costs)."""
+        step = self.lr * self.value * (mean_cost - self.limit) / unit
+        # a step of more than a factor of e per rollout says that the unit or the rate is off, not that costs are that bad
+        self.value = min(self.value * math.exp(min(max(step, -1.0), 1.0)), self.maximum)
+
+    def combine(self, adv_BR: Tensor, cost_adv_BR: Tensor) -> Tensor:
+        """(A_reward - value * A_cost) / (1 + value): of the size of one advantage, however large the multiplier."""
+        return (adv_BR - self.value * cost_adv_BR) / (1.0 + self.value)
+
+    def state_dict(self) -> dict[str, float]:
+        """What changes during a run; the rest are settings."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes up the multiplier where the checkpoint left it."""
+        self.value = state["value"]

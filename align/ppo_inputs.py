@@ -1,0 +1,52 @@
+"""What a PPO run is given: prompts and the reward that its settings describe."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from align.actors import Actors
+from align.launch import pick_dtype, resolve_path
+from align.ppo_settings import PPOSettings
+from align.preferences import Messages, read_prompts
+from reward import CompositeReward, default_composite
+
+
+def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messages]]:
+    """(prompts to train on, prompts to evaluate on); the latter are taken at even steps through their file."""
+    prompts = read_prompts(resolve_path(settings.prompts_file))
+    held_out = read_prompts(resolve_path(settings.eval_prompts_file)) if settings.eval_prompts_file else []
+    count = min(settings.eval_prompts, len(held_out))
+    return prompts, [held_out[at * len(held_out) // count] for at in range(count)]
+
+
+def build_reward(
+    settings: PPOSettings, actors: Actors | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> CompositeReward:
+    """The composite reward that the settings describe, not yet scaled.
+
+    A reward model that is an adapter folder becomes a third adapter on the weights of `actors`.
+    """
+    composite = default_composite(
+        alpha=settings.fluency_weight,
+        beta=settings.relevance_weight,
+        gamma=settings.safety_weight,
+        delta=settings.toxicity_weight,
+        fluency_source=settings.fluency_model,
+    )
+    if not settings.preference_weight:
+        return composite
+    from reward.learned import LearnedPreference
+
+    assert settings.reward_model is not None
+    parts = [(part, composite.weights[name]) for name, part in composite.components.items()]
+    shared = None
+    if settings.shares_reward_model:
+        assert actors is not None, "an adapter needs the weights that it is for"
+        shared = actors.reward_model(Path(settings.reward_model))
+    learned = LearnedPreference(
+        settings.reward_model,
+        model=shared,  # type: ignore[arg-type]
+        tokenizer=tokenizer if shared else None,
+        dtype=pick_dtype(settings.dtype),
+    )
+    return CompositeReward([*parts, (learned, settings.preference_weight)])
