@@ -52,6 +52,7 @@ from align.watch import Grader, grader_watch, rollout_watch
 from policy_models.chat import encode_prompts, sample_answers
 from policy_models.loading import load_tokenizer, resolve_model_source
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
+from policy_models.memory import tune_cpu_memory
 from policy_models.router import router_load
 from reward import CompositeReward, Reward, Scaling, statistics
 from reward.learned import LearnedPreference
@@ -508,6 +509,8 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
     """Runs PPO and returns the run folder. `reward` replaces the composite that the settings describe."""
     accelerator = Accelerator(log_with=settings.log_with, project_dir=settings.output_dir)
     refuse_sharding(accelerator)
+    if accelerator.device.type == "cpu":
+        tune_cpu_memory()
     read_prompt_files(settings)  # bad rows show before a model is built, loaded or downloaded
     resolve_model_source(settings.model)
     if reward is None:
