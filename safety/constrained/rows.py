@@ -11,7 +11,6 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from policy_models.generation import DecodeRow, Processor
 
-
 S = TypeVar("S")
 
 
@@ -62,11 +61,11 @@ class ForTransformers(LogitsProcessor):
         return scores.index_copy(0, torch.tensor(at, device=scores.device), changed.to(scores.dtype))
 
 
-def continued(processor: Processor, num_given: int) -> Processor:
-    """The same processor where the last `num_given` tokens of each prompt are the beginning of the answer."""
+def continued(processor: Processor, given: Sequence[int]) -> Processor:
+    """The same processor for prompts whose last `given[row]` tokens are the beginning of the answer."""
 
     def moved(row: DecodeRow) -> DecodeRow:
-        cut = len(row.prompt) - num_given
+        cut = len(row.prompt) - given[row.row]
         return DecodeRow(row.row, row.prompt[:cut], [*row.prompt[cut:], *row.answer])
 
     return lambda rows, logits: processor([moved(row) for row in rows], logits)

@@ -127,16 +127,27 @@ class Phrases:
 
     def find(self, text: str) -> int | None:
         """Where the first banned phrase of a text begins (a character of the original), or None."""
+        return self.read(text, ended=True)[0]
+
+    def read(self, text: str, *, ended: bool) -> tuple[int | None, int]:
+        """(where the first banned phrase begins or None, characters from which on a phrase may be under way).
+
+        ended: nothing follows the text. False: an exception that is half written, or a whole word whose end is not there
+        yet, counts as under way.
+        """
         state, places = self.start, [0]  # places of the folded characters so far, the one before the text included
-        for at, char in enumerate(text + "\n"):
+        for at, char in enumerate(text + "\n" * ended):
             for options, real in readings(char):
                 if options == (" ",) and state.apart:
                     continue
                 places.append(at)
                 state = self._step(state, options, real)
                 if state.guilty:
-                    return places[-min(state.owed, len(places) - 1)]
-        return None
+                    begins = places[-min(state.owed, len(places) - 1)]
+                    return begins, begins
+        spans = [self._banned.nodes[n].span for n, _ in state.banned]
+        under_way = max([state.owed, *spans])
+        return None, places[-under_way] if under_way else len(text)
 
     def _step(self, state: State, options: tuple[str, ...], real: bool) -> State:
         apart = options == (" ",)
