@@ -79,9 +79,7 @@ def blockwise_best_of_n(
             processors=[continued(processor, given) for processor in processors],
         )
         # 2. cut at the last end of a sentence, score, keep the best
-        tried = [
-            _cut(tokenizer, answers[i].ids, new.ids, new.finished) for i, new in zip(rows, sampled, strict=True)
-        ]
+        tried = [_cut(tokenizer, answers[i].ids, new.ids, new.finished) for i, new in zip(rows, sampled, strict=True)]
         values = score([prompts[i] for i in rows], [candidate.text for candidate in tried])
         for place, i in enumerate(open_rows):
             span = slice(place * candidates, (place + 1) * candidates)

@@ -101,7 +101,7 @@ class HeldStream:
                         yield from self._show(drawn, len(drawn))
                         self.outcome = "complete"
                         return
-            except _CheckFailed:
+            except _CheckError:
                 self.outcome = "error"
                 yield from self._refuse()
                 return
@@ -143,10 +143,10 @@ class HeldStream:
             return self.check(answer, final)
         except Exception as error:
             logger.exception("the check of a stream raised %s: the answer ends in the refusal", type(error).__name__)
-            raise _CheckFailed from error
+            raise _CheckError from error
 
 
-class _CheckFailed(Exception):
+class _CheckError(Exception):
     pass
 
 
