@@ -87,8 +87,8 @@ class OtherAdapter:
 class SafeDecoding:
     """Leans the first tokens towards a safety expert (Xu et al. 2024, arXiv:2402.08983).
 
-    A safety adapter is an ordinary LoRA trained with `plumbline sft` on refusals of harmful prompts. What an answer opens
-    with decides most of what follows, so the expert is asked for the first tokens only.
+    What an answer opens with decides most of what follows, so the expert is asked for the first tokens only. It is a small
+    adapter that `safety.constrained.train_expert` trains.
 
     Args:
         alpha: how far to go from the base (0) to the expert (1) and beyond; the paper takes 3.

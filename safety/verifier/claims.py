@@ -17,7 +17,8 @@ _END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)|\n+")
 _CLAUSE = re.compile(
     r"\s*;\s+"
     r"|,?\s+(?:and|but|while|whereas)\s+(?=(?:he|she|it|they|the \w+|this \w+|[A-Z][\w'-]+(?: [A-Z][\w'-]+)*)\s+"
-    r"(?:is|are|was|were|has|have|had|can|will|won|did|does|became|wrote|made|began|died|lies|stands|rises|holds|\w+ed)\b)"
+    r"(?:is|are|was|were|has|have|had|can|will|won|did|does|became|wrote|made|began|lies|stands|rises|holds|found|won|"
+    r"built|led|took|gave|came|went|left|held|fell|rose|grew|lost|sold|uses|needs|contains|\w+ed)\b)"
 )
 _PRONOUN = re.compile(r"(he|she|it|they|this|that|these|those|his|her|its|their)\b", re.IGNORECASE)
 _SUBJECT = re.compile(

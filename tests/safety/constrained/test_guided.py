@@ -133,7 +133,7 @@ def test_the_dial_goes_from_the_reference_through_the_policy_and_beyond(adapted)
     "make, message",
     [
         (lambda m: OtherAdapter(m, "none", 0), "no adapter 'none'"),
-        (lambda m: OtherAdapter(m.get_base_model(), None, 0), "no adapters"),
+        (lambda m: OtherAdapter(torch.nn.Linear(1, 1), None, 0), "no adapters"),
         (lambda m: SafeDecoding(None, alpha=-1), "alpha"),
         (lambda m: ReferenceContrast(None, dial=math.nan), "dial"),
     ],
