@@ -99,9 +99,10 @@ class HubEntailment:
     """A trained fact checker by hub id or folder. `style` is guessed from the id and the config where it is None.
 
     factcg     yaxili96/FactCG-DeBERTa-v3-Large: its prompt around passage and claim, two labels
-    minicheck  lytang/MiniCheck-Flan-T5-Large: "predict: passage</s>claim", tokens "0" and "1" of the decoder
-    pair       lytang/MiniCheck-RoBERTa-Large and others: passage and claim as a pair, two labels
-    nli        any model whose labels are named entailment, neutral, contradiction
+    minicheck  lytang/MiniCheck-Flan-T5-Large, -RoBERTa-Large, -DeBERTa-v3-Large: passage, end token, claim as one text; the T5
+               says "0" or "1", the others have two labels
+    nli        any model whose labels are named entailment, neutral, contradiction: passage and claim as a pair
+    pair       any other model of two labels, the second of which is "supported"
 
     Passages longer than the model's limit raise: cut, they would be other passages.
     """
@@ -128,10 +129,10 @@ class HubEntailment:
                 self._columns = [next(i for i, text in labels.items() if want in text) for want in order]
             except StopIteration:
                 raise ValueError(f"{model_id}: labels {list(labels.values())} are not those of an NLI model") from None
-        elif self.style != "minicheck" and config.num_labels != 2:
+        elif not config.is_encoder_decoder and config.num_labels != 2:
             raise ValueError(f"{model_id}: style {self.style!r} needs two labels, it has {config.num_labels}")
         self.tokenizer = AutoTokenizer.from_pretrained(model_id)
-        kind: Any = AutoModelForSeq2SeqLM if self.style == "minicheck" else AutoModelForSequenceClassification
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForSequenceClassification
         self.model = kind.from_pretrained(model_id).eval()
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
@@ -144,7 +145,8 @@ class HubEntailment:
         if self.style == "factcg":
             texts: list[Any] = [[FACTCG_PROMPT.format(passage=passage, claim=claim) for passage, claim in pairs]]
         elif self.style == "minicheck":
-            texts = [[f"predict: {passage}{self.tokenizer.eos_token}{claim}" for passage, claim in pairs]]
+            opening = "predict: " if self.model.config.is_encoder_decoder else ""
+            texts = [[f"{opening}{passage}{self.tokenizer.eos_token}{claim}" for passage, claim in pairs]]
         else:
             texts = [[passage for passage, _ in pairs], [claim for _, claim in pairs]]
         inputs = self.tokenizer(*texts, padding=True, return_tensors="pt").to(self.model.device)
@@ -152,10 +154,12 @@ class HubEntailment:
         if limit and inputs["input_ids"].shape[1] > limit:
             raise ValueError(f"{self.name} reads {limit} tokens, a pair has {inputs['input_ids'].shape[1]}")
         with torch.inference_mode():
-            if self.style == "minicheck":
+            if self.model.config.is_encoder_decoder:
                 start = torch.full((len(pairs), 1), self.model.config.decoder_start_token_id, device=self.model.device)
                 logits = self.model(**inputs, decoder_input_ids=start).logits[:, 0]
-                zero_one = [self.tokenizer.convert_tokens_to_ids(token) for token in ("0", "1")]
+                zero_one = [
+                    self.tokenizer.encode(text)[0] for text in ("0", "1")
+                ]  # their first pieces, 3 and 209 in T5
                 supported = logits[:, zero_one].softmax(-1)[:, 1]
             else:
                 probability = self.model(**inputs).logits.float().softmax(-1)
@@ -173,8 +177,9 @@ FACTCG_PROMPT = (
 
 
 def _style(model_id: str, config: Any, labels: dict[int, str]) -> str:
-    if "factcg" in model_id.lower():
-        return "factcg"
+    for known in ("factcg", "minicheck"):
+        if known in model_id.lower():
+            return known
     if config.is_encoder_decoder:
         return "minicheck"
     return "nli" if any("entail" in label for label in labels.values()) and len(labels) == 3 else "pair"

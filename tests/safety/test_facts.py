@@ -279,7 +279,7 @@ def test_settings_out_of_range():
         VerifierSettings(support=0)
 
 
-@pytest.mark.parametrize("style, labels", [("nli", 3), ("pair", 2), ("factcg", 2)])
+@pytest.mark.parametrize("style, labels", [("nli", 3), ("pair", 2), ("factcg", 2), ("minicheck", 2)])
 def test_hub_tiers_on_tiny_random_models(tmp_path, style, labels):
     """The plumbing of the hub tiers: prompt, pair, labels by name; weights are random."""
     import torch
@@ -290,7 +290,9 @@ def test_hub_tiers_on_tiny_random_models(tmp_path, style, labels):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "tea", "caffeine", "contains", "."]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(tmp_path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", eos_token="[SEP]"
+    ).save_pretrained(tmp_path)
     names_of = {0: "contradiction", 1: "neutral", 2: "entailment"} if labels == 3 else {0: "no", 1: "yes"}
     config = BertConfig(
         vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, num_labels=labels,
@@ -298,7 +300,7 @@ def test_hub_tiers_on_tiny_random_models(tmp_path, style, labels):
     )  # fmt: skip
     model = BertForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
-    hub = HubEntailment(str(tmp_path), style=None if style != "factcg" else style)
+    hub = HubEntailment(str(tmp_path), style=style if style in ("factcg", "minicheck") else None)
     assert hub.style == style
     pairs = [("Tea contains caffeine .", "tea ."), ("caffeine", "tea contains")]
     scores = hub.score(pairs)

@@ -180,3 +180,18 @@ def test_best_of_blocks_runs_processors_over_the_whole_answer(tiny):
         processors=[watch],
     )
     assert seen >= {0, 4} and max(seen) <= 11
+
+
+def test_an_expert_learns_and_can_be_switched(tiny):
+    from safety.constrained.train_expert import expert_rows, train_expert
+
+    model, tokenizer = tiny
+    rows = expert_rows()
+    assert len(rows) > 100
+    peft, losses = train_expert(model, tokenizer, rows[:4], steps=12, rows_per_step=4, learning_rate=1e-2)
+    assert losses[-1] < losses[0] - 0.1
+    expert = OtherAdapter(peft, "expert", tokenizer.pad_token_id)
+    row = DecodeRow(0, tokenizer.encode("Hello"), [])
+    assert not torch.equal(expert.logits([row]), OtherAdapter(peft, None, 0).logits([row]))
+    with pytest.raises(ValueError, match="steps=0"):
+        train_expert(model, tokenizer, rows, steps=0)
