@@ -48,7 +48,7 @@ class Overlap:
 @pytest.fixture
 def checker():
     base = KnowledgeBase(DOCUMENTS, embed=embed)
-    return FactChecker(base, entailment=Overlap(), settings=VerifierSettings(support=0.75))
+    return FactChecker(base, entailment=Overlap(), settings=VerifierSettings(support=0.6))
 
 
 def test_sentences_end_where_they_end():
