@@ -14,6 +14,7 @@ COMMANDS = {
     "dpo": ("align.dpo", "direct preference optimisation"),
     "report": ("apps.report", "render report.html of a run folder"),
     "train-heads": ("safety.train_heads", "train the classifier heads that ship in safety/heads"),
+    "verify": ("apps.verify", "check an answer against documents: verdicts with citations"),
     "doctor": ("apps.doctor", "print versions, devices, threads, and which extras and weights are there"),
 }
 

@@ -1,0 +1,151 @@
+"""`python -m safety.verifier.train_entailment`: fits the embedded entailment head on pairs made from data/starter/facts.jsonl.
+
+From every fact: the fact itself, its clauses and the question with its answer as supported claims; the same with a number, date or
+name exchanged or a negation put in as refuted ones; claims of other facts of the topic as "not enough". All made by rules from
+facts written for this project: the head learns how much wording must agree, nothing about the world.
+
+A fifth of the facts is held out for the figures in the card. Ends with a line of JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import re
+from pathlib import Path
+
+import numpy as np
+
+from safety.embedding import load_embedder
+from safety.heads import SHIPPED, Head, HeadCard
+from safety.verifier.entailment import FEATURES, LABELS, features
+from safety.verifier.vetoes import names, quantities
+
+FACTS = Path(__file__).parents[2] / "data" / "starter" / "facts.jsonl"
+Row = tuple[str, str, int]  # passage, claim, index into LABELS
+
+
+def pairs_of(facts: list[dict], seed: int = 0) -> list[Row]:
+    """Labelled (passage, claim, label) rows; some passages carry a neighbour, as retrieved ones do."""
+    rng = random.Random(seed)
+    rows: list[Row] = []
+    all_names = {
+        fact["topic"]: sorted({n for f in facts if f["topic"] == fact["topic"] for n in names(f["fact"])})
+        for fact in facts
+    }
+    for fact in facts:
+        same_topic = [other for other in facts if other["topic"] == fact["topic"] and other is not fact]
+        others = rng.sample(same_topic, min(3, len(same_topic)))
+        for passage in (fact["fact"], " ".join([fact["fact"], *(o["fact"] for o in others[:1])])):
+            true = [
+                fact["fact"],
+                *clauses(fact["fact"]),
+                f"{fact['question']} {fact['answer']}",
+                shuffled(fact["fact"]),
+            ]
+            rows += [(passage, claim, 0) for claim in true]
+            rows += [
+                (passage, wrong, 2) for claim in true[:3] for wrong in corrupted(claim, all_names[fact["topic"]], rng)
+            ]
+            rows += [
+                (passage, claim, 1) for other in others[1:] for claim in (other["fact"], *clauses(other["fact"])[:1])
+            ]
+            # half of the fact and an addition that the passage does not have
+            rows += [
+                (passage, f"{clause.rstrip('.')} {extra}", 1)
+                for clause in clauses(fact["fact"])[:1]
+                for extra in ADDITIONS[:2]
+            ]
+            rng.shuffle(ADDITIONS)
+    return rows
+
+
+ADDITIONS = [
+    "and attracts many visitors every summer.",
+    "because of a decision by its government.",
+    "and was paid for by a wealthy merchant.",
+    "although most historians disagree about the cause.",
+    "and is celebrated with a yearly festival.",
+    "which made its inventor very rich.",
+]
+
+
+def clauses(sentence: str) -> list[str]:
+    """Beginnings of a sentence that stand without the rest."""
+    parts = re.split(r", (?=with|which|who|whose|and|in|where)|; | and (?=\w+s |\w+ed )", sentence)
+    return [parts[0].rstrip(".") + "."] if len(parts) > 1 and len(parts[0].split()) >= 4 else []
+
+
+def shuffled(sentence: str) -> str:
+    """The same said from the other end: "A is in B." -> "In B, A is." where there is a last phrase to move."""
+    found = re.match(r"([^,]+?) ((?:in|on|at|by|from|between) (?:[^,;.]+))\.$", sentence)
+    return (
+        f"{found[2][0].upper()}{found[2][1:]}, {found[1][0].lower() if found[1].split()[0] in ('The', 'A') else found[1][0]}{found[1][1:]}."
+        if found
+        else sentence
+    )
+
+
+def corrupted(claim: str, pool: list[str], rng: random.Random) -> list[str]:
+    """The claim with one number, one name or its polarity changed."""
+    wrong = []
+    for quantity in quantities(claim)[:1]:
+        if digits := re.search(r"\d[\d,]*(?:\.\d+)?", quantity.text):
+            value = float(digits[0].replace(",", ""))
+            value = (
+                value + rng.choice([-40, -7, 3, 12, 60])
+                if quantity.kind in ("year", "date")
+                else value * rng.choice([0.5, 0.8, 1.3, 2])
+            )
+            number = f"{value:,.0f}" if "," in digits[0] else f"{value:.0f}"
+            if number != digits[0]:
+                wrong.append(claim[: quantity.start] + quantity.text.replace(digits[0], number) + claim[quantity.end :])
+    used = names(claim)
+    choices = [name for name in pool if not set(name.split()) & set(" ".join(used).split())]
+    if used and choices:
+        wrong.append(claim.replace(used[-1], rng.choice(choices)))
+    negated = re.sub(r"\b(is|are|was|were|has|have|can)\b", r"\1 not", claim, count=1)
+    if negated != claim:
+        wrong.append(negated)
+    return wrong
+
+
+def fit(rows: list[Row], details: dict | None = None) -> Head:
+    """Multinomial logistic regression on standardised features; classes weigh the same."""
+    from sklearn.linear_model import LogisticRegression
+
+    x = features([(passage, claim) for passage, claim, _ in rows], load_embedder().embed)
+    y = np.array([label for *_, label in rows])
+    mean, std = x.mean(0), x.std(0) + 1e-6
+    model = LogisticRegression(C=1.0, max_iter=2000, class_weight="balanced").fit((x - mean) / std, y)
+    digest = hashlib.sha256("\n".join(sorted(f"{p}\t{c}\t{label}" for p, c, label in rows)).encode()).hexdigest()
+    card = HeadCard(name="entailment", labels=LABELS, features=FEATURES, data_hash=digest, details=details or {})
+    return Head(card, {"mean": mean, "std": std, "w": model.coef_.T, "b": model.intercept_})
+
+
+def recalls(head: Head, rows: list[Row]) -> dict[str, float]:
+    """Share of each label that the head gets right."""
+    best = head.predict(features([(p, c) for p, c, _ in rows], load_embedder().embed)).argmax(1)
+    y = np.array([label for *_, label in rows])
+    return {f"recall {name}": float((best[y == index] == index).mean()) for index, name in enumerate(LABELS)}
+
+
+def main() -> None:
+    """Fits on four fifths for the figures, then on all facts for the head that ships."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=SHIPPED / "entailment.safetensors")
+    args = parser.parse_args()
+    facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
+    random.Random(0).shuffle(facts)
+    cut = len(facts) // 5
+    held_out = recalls(fit(pairs_of(facts[cut:])), pairs_of(facts[:cut], seed=1))
+    rows = pairs_of(facts)
+    counts = {f"starter facts:{name}": sum(label == index for *_, label in rows) for index, name in enumerate(LABELS)}
+    fit(rows, {"tests": {f"held-out facts, {k}": v for k, v in held_out.items()}, "rows": counts}).save(args.out)
+    print(json.dumps({**{k: round(v, 3) for k, v in held_out.items()}, **counts}))
+
+
+if __name__ == "__main__":
+    main()
