@@ -1,0 +1,384 @@
+"""What is evaluated: a model, an adapter or a run folder, an endpoint, recorded transcripts, or any function.
+
+A target answers conversations and, if it can, gives log-probabilities of texts. A target is named by a spec:
+
+    bundled:smollm2-135m-instruct      any model source of policy_models/loading.py: bundled, folder or hub id
+    runs/demo/ppo                      a run folder: its model/, which may be an adapter on a base model
+    path/to/adapter                    a PEFT adapter, on the base its adapter_config.json names
+    base+path/to/adapter               an adapter on another base
+    https://host/v1#model-name         an OpenAI-compatible endpoint; the key is read from $OPENAI_API_KEY
+    answers.jsonl                      recorded transcripts: rows {"prompt", "answer"} or {"messages": [...]}
+    call:package.module:function       a function from messages to text, or an object with .answer(messages)
+
+`name=spec` gives it a name of its own. Sources are checked before any weights are read.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from eval.tasks import Reply, digest
+from policy_models.chat import encode_prompts, sample_answers
+from policy_models.loading import load_policy, load_tokenizer, resolve_model_source
+from policy_models.logprobs import token_logprobs
+
+Messages = list[dict[str, str]]
+Prompt = Messages | str  # a conversation to answer, or a text to continue
+PAIRS_TOKENS = 2048  # padded tokens a forward pass of log-probabilities
+
+
+class Target(Protocol):
+    """`fingerprint` changes whenever answers could: replies are kept by it."""
+
+    name: str
+    fingerprint: str
+    gives_logp: bool
+
+    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
+        """One reply a prompt. What goes wrong with one of them is its `error`; nothing is raised for it."""
+
+    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """Log-probability in nats of each continuation after its prompt."""
+
+    def close(self) -> None:
+        """Frees memory; the next call loads again."""
+
+
+class ModelTarget:
+    """Weights on this machine, loaded at the first question, answered through the rollout engine."""
+
+    gives_logp = True
+
+    def __init__(
+        self, name: str, source: str, *, adapter: str | None = None, dtype: torch.dtype = torch.float32,
+        device: str = "cpu", batch_size: int = 32,
+    ) -> None:  # fmt: skip
+        self.name, self.source, self.adapter = name, source, adapter
+        self.dtype, self.device, self.batch_size = dtype, device, batch_size
+        folders = [Path(resolve_model_source(source)), *([Path(adapter)] if adapter else [])]
+        self.fingerprint = digest(name_of_weights(folders), str(dtype).removeprefix("torch."))
+        self._loaded: tuple[Any, Any] | None = None
+
+    def load(self) -> tuple[Any, Any]:
+        """(model, tokenizer)."""
+        if self._loaded is None:
+            model: Any = load_policy(self.source, dtype=self.dtype)
+            if self.adapter:
+                from peft import PeftModel
+
+                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+            self._loaded = model.to(self.device).eval(), load_tokenizer(self.source)
+        return self._loaded
+
+    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
+        model, tokenizer = self.load()
+        ids = [self.encode(prompt) for prompt in prompts]
+        room = getattr(model.config, "max_position_embeddings", None) or 2**31
+        fits = [at for at, one in enumerate(ids) if 0 < len(one) <= room - max_new_tokens]
+        too_long = "the prompt has {} tokens, the model takes {}"
+        replies = [Reply(error=too_long.format(len(one), room - max_new_tokens), final=True) for one in ids]
+        if fits:
+            answers, texts = sample_answers(
+                model, tokenizer, [ids[at] for at in fits], max_new_tokens=max_new_tokens, temperature=temperature,
+                generator=torch.Generator().manual_seed(seed), batch_size=self.batch_size,
+            )  # fmt: skip
+            for at, answer, text in zip(fits, answers, texts, strict=True):
+                replies[at] = Reply(answers=(text,), finished=answer.finished)
+        return replies
+
+    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        return [total for total, _ in self.logp_and_greedy(pairs)]
+
+    @torch.inference_mode()
+    def logp_and_greedy(self, pairs: Sequence[tuple[Prompt, str]]) -> list[tuple[float, bool]]:
+        """(log-probability in nats, whether each token was the likeliest) of each continuation.
+
+        Tokens are split as lm-evaluation-harness splits them: prompt and continuation are encoded together, and the
+        continuation begins after as many tokens as the prompt alone has. One-token continuations of one prompt share a pass.
+        """
+        model, tokenizer = self.load()
+        split = [self._split(prompt, text) for prompt, text in pairs]
+        inputs: dict[tuple[int, ...], list[int]] = {}  # what goes in (all but the last token) -> pairs that read it
+        for at, (before, after) in enumerate(split):
+            inputs.setdefault(tuple((before + after)[:-1]), []).append(at)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        order = sorted(inputs, key=len)
+        while order:
+            batch, order = _last(order, max(1, PAIRS_TOKENS // max(1, len(order[-1]))))
+            self._score_batch(model, batch, inputs, split, tokenizer.pad_token_id, found)
+        return found
+
+    def _score_batch(self, model, batch, inputs, split, pad: int, found: list[tuple[float, bool]]) -> None:
+        width = max(map(len, batch))
+        ids_BT = torch.full((len(batch), width), pad)
+        keep_BT, read_BT = torch.zeros_like(ids_BT), torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, one in enumerate(batch):
+            ids_BT[row, : len(one)], keep_BT[row, : len(one)] = torch.tensor(one), 1
+            read_BT[row, len(one) - max(len(split[at][1]) for at in inputs[one]) : len(one)] = True
+        device = model.device
+        logits_NV = model(
+            input_ids=ids_BT.to(device), attention_mask=keep_BT.to(device), use_cache=False,
+            position_ids=(keep_BT.cumsum(1) - keep_BT).to(device), logits_to_keep=read_BT.to(device),
+        ).logits  # fmt: skip
+        logits_NV = logits_NV.reshape(-1, logits_NV.shape[-1])
+        first = 0
+        for row, one in enumerate(batch):
+            rows = logits_NV[first : first + int(read_BT[row].sum())]
+            first += len(rows)
+            for at in inputs[one]:
+                after = torch.tensor(split[at][1], device=device)
+                of_it = rows[-len(after) :]
+                logp_N, _ = token_logprobs(of_it, after)
+                found[at] = float(logp_N.sum()), bool((of_it.argmax(-1) == after).all())
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a conversation (with the assistant's turn opened) or of a plain text."""
+        _, tokenizer = self.load()
+        if isinstance(prompt, str):
+            return tokenizer(prompt, add_special_tokens=True)["input_ids"]
+        return encode_prompts(tokenizer, [prompt])[0]
+
+    def _split(self, prompt: Prompt, text: str) -> tuple[list[int], list[int]]:
+        _, tokenizer = self.load()
+        if not isinstance(prompt, str):
+            return self.encode(prompt), tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not prompt:  # the text alone, given the token that begins or ends a text
+            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+            return [start], tokenizer(text, add_special_tokens=False)["input_ids"]
+        blanks = len(prompt) - len(prompt.rstrip())
+        if blanks:
+            prompt, text = prompt[:-blanks], prompt[-blanks:] + text
+        before, whole = self.encode(prompt), self.encode(prompt + text)
+        return before, whole[len(before) :] or whole[-1:]
+
+    def close(self) -> None:
+        self._loaded = None
+        gc.collect()
+
+
+class EndpointTarget:
+    """An OpenAI-compatible chat endpoint. Each question has its own time-out, and is tried `tries` times."""
+
+    gives_logp = False
+
+    def __init__(
+        self, name: str, url: str, model: str, *, key: str = "", timeout_s: float = 60, tries: int = 2, parallel: int = 4
+    ) -> None:  # fmt: skip
+        self.name, self.url, self.model, self.key = name, url.rstrip("/"), model, key
+        self.timeout_s, self.tries, self.parallel = timeout_s, tries, parallel
+        self.fingerprint = digest("endpoint", self.url, model)
+
+    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
+        def one(prompt: Prompt) -> Reply:
+            body: dict[str, Any] = {
+                "model": self.model, "max_tokens": max_new_tokens, "temperature": temperature, "seed": seed,
+            }  # fmt: skip
+            kind = "completions" if isinstance(prompt, str) else "chat/completions"
+            body |= {"prompt": prompt} if isinstance(prompt, str) else {"messages": prompt}
+            return self._ask(kind, body)
+
+        with ThreadPoolExecutor(self.parallel) as pool:
+            return list(pool.map(one, prompts))
+
+    def _ask(self, kind: str, body: dict[str, Any]) -> Reply:
+        import urllib.error
+        import urllib.request
+
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(f"{self.url}/{kind}", json.dumps(body).encode(), headers)
+        error = ""
+        for _ in range(self.tries):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
+                    choice = json.load(answer)["choices"][0]
+                text = choice["message"]["content"] if "message" in choice else choice["text"]
+                if not isinstance(text, str):
+                    return Reply(error=f"the endpoint answered {type(text).__name__} instead of text")
+                return Reply(answers=(text,), finished=choice.get("finish_reason") != "length")
+            except urllib.error.HTTPError as problem:
+                error = f"HTTP {problem.code} from {self.url}"
+                if problem.code < 500 and problem.code != 429:  # asking again would not help
+                    break
+            except TimeoutError:
+                error = f"time-out after {self.timeout_s:g} s"
+            except OSError as problem:  # refused, unknown host, reset
+                error = f"{self.url} cannot be reached: {problem}"
+            except (ValueError, KeyError, IndexError, TypeError) as problem:
+                error = f"not an OpenAI-style answer ({type(problem).__name__}: {problem})"
+        return Reply(error=error)
+
+    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class TranscriptTarget:
+    """Answers that were recorded earlier, found by what was asked; a prompt that was not asked is unscored."""
+
+    gives_logp = False
+
+    def __init__(self, name: str, path: str | Path) -> None:
+        self.name, self.path = name, Path(path)
+        self._answers: dict[str, str] = {}
+        for line_no, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), start=1):
+            if line.strip():
+                asked, answer = _recorded(line, f"{self.path}:{line_no}")
+                self._answers.setdefault(asked, answer)
+        if not self._answers:
+            raise ValueError(f"{self.path}: no transcripts; needs one JSON object a line with prompt and answer")
+        self.fingerprint = digest("transcripts", sorted(self._answers.items()))
+
+    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
+        found = [self._answers.get(_asked(prompt)) for prompt in prompts]
+        return [Reply(error="not among the transcripts") if text is None else Reply(answers=(text,)) for text in found]
+
+    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+class CallableTarget:
+    """Any function from messages to text; also a guarded pipeline, as `Guard.answer`. Texts to continue are one user turn.
+
+    version stands for the function in the fingerprint: raise it when the function changes.
+    """
+
+    gives_logp = False
+
+    def __init__(self, name: str, answer: Callable[[Messages], Any], *, version: str = "1") -> None:
+        self.name, self.answer, self.fingerprint = name, answer, digest("callable", name, version)
+
+    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
+        return [self._one([{"role": "user", "content": p}] if isinstance(p, str) else p) for p in prompts]
+
+    def _one(self, messages: Messages) -> Reply:
+        try:
+            said = self.answer(messages)
+        except Exception as error:  # whatever a user's function does, one sample is unscored and the run goes on
+            return Reply(error=f"{type(error).__name__}: {error}")
+        text = getattr(said, "text", said)
+        return Reply(answers=(text,)) if isinstance(text, str) else Reply(error=f"answered {type(said).__name__}, not text")
+
+    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        pass
+
+
+# ---- specs ----------------------------------------------------------------------------------------------------------
+
+
+def open_target(
+    spec: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", timeout_s: float = 60, key: str = ""
+) -> Target:
+    """The target that a spec names; see the top of this file. Raises ValueError for one that does not exist."""
+    name, _, rest = spec.partition("=") if re.match(r"[\w.+-]+=", spec) else ("", "", spec)
+    if not rest:
+        raise ValueError(f"target {spec!r} is empty; name a model source, run folder, adapter, URL or transcripts")
+    name = name or _short_name(rest)
+    if rest.startswith(("http://", "https://")):
+        url, _, model = rest.partition("#")
+        if not model:
+            raise ValueError(f"target {rest!r} names no model; write it as {rest}#model-name")
+        return EndpointTarget(name, url, model, key=key, timeout_s=timeout_s)
+    if rest.startswith("call:"):
+        return CallableTarget(name, _imported(rest.removeprefix("call:")))
+    if rest.endswith(".jsonl"):
+        if not Path(rest).is_file():
+            raise ValueError(f"target {rest!r}: no such file of transcripts")
+        return TranscriptTarget(name, rest)
+    source, adapter = _source_and_adapter(rest)
+    return ModelTarget(name, source, adapter=adapter, dtype=dtype, device=device)
+
+
+def _source_and_adapter(spec: str) -> tuple[str, str | None]:
+    base, plus, adapter = spec.partition("+")
+    if plus:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise ValueError(f"adapter {adapter!r} has no adapter_config.json; name a folder written by save_pretrained")
+        return base, adapter
+    folder = Path(spec)
+    if (folder / "adapter_config.json").is_file():
+        named = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+        return str(named), spec
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        if (folder / "model").is_dir():
+            return _source_and_adapter(str(folder / "model"))
+        inside = [str(one.parent) for one in sorted(folder.glob("*/model"))]
+        hint = f"; did you mean {' or '.join(inside)}?" if inside else "; it holds no model/ and no config.json"
+        raise ValueError(f"target {spec!r} is a folder without a model{hint}")
+    return spec, None
+
+
+def name_of_weights(folders: Sequence[Path]) -> str:
+    """Hash of everything in model folders that can change an answer; a hub id is named by the commit in the cache."""
+    whole = hashlib.sha256()
+    for folder in folders:
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache
+
+            cached = try_to_load_from_cache(str(folder), "config.json")
+            whole.update(f"{folder}@{Path(cached).parent.name if isinstance(cached, str) else ''}".encode())
+            continue
+        files = (f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"))
+        for file in sorted(files):
+            whole.update(file.name.encode())
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 22):
+                    whole.update(block)
+    return whole.hexdigest()[:32]
+
+
+def _imported(path: str) -> Callable[[Messages], Any]:
+    module, _, attribute = path.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"target call:{path}: {error}; write call:package.module:function") from None
+    return found.answer if hasattr(found, "answer") else found
+
+
+def _short_name(spec: str) -> str:
+    """runs/demo/ppo -> ppo, owner/model -> model, https://host/v1#m -> m."""
+    parts = [part for part in re.split(r"[/#:+]", spec.rstrip("/")) if part]
+    last = parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
+    return re.sub(r"[^\w.-]", "-", last.removesuffix(".jsonl"))
+
+
+def _recorded(line: str, where: str) -> tuple[str, str]:
+    try:
+        row = json.loads(line)
+        if "messages" in row:
+            *asked, answer = row["messages"]
+            return _asked(asked), str(answer["content"])
+        if not (isinstance(row["prompt"], str) and isinstance(row["answer"], str)):
+            raise ValueError("prompt and answer must be text")
+        return row["prompt"], row["answer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{where}: not a transcript ({error}); needs prompt and answer, or messages") from None
+
+
+def _asked(prompt: Prompt) -> str:
+    """What a transcript is found by: the last user turn of a one-turn conversation, else the whole conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return prompt[0]["content"] if len(prompt) == 1 else json.dumps(prompt, sort_keys=True)
+
+
+def _last(order: list, count: int) -> tuple[list, list]:
+    return order[-count:], order[:-count]
