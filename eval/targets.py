@@ -8,6 +8,7 @@ A target answers conversations and, if it can, gives log-probabilities of texts.
     base+path/to/adapter               an adapter on another base
     https://host/v1#model-name         an OpenAI-compatible endpoint; the key is read from $OPENAI_API_KEY
     answers.jsonl                      recorded transcripts: rows {"prompt", "answer"} or {"messages": [...]}
+    guard:default:runs/demo/ppo        any of these behind the safety pipeline, under a policy by name or YAML path
     call:package.module:function       a function from messages to text, or an object with .answer(messages)
 
 `name=spec` gives it a name of its own. Sources are checked before any weights are read.
@@ -280,6 +281,52 @@ class CallableTarget:
         pass
 
 
+class GuardedTarget:
+    """Another target behind a safety pipeline: anything with chat(messages) -> .text that asks its `.model`.
+
+    The pipeline is asked twice, so that the model answers in batches: once to see what it would ask the model, with
+    redactions made, and once with the model's answers at hand. Layers are switched on and off by the policy file.
+    """
+
+    gives_logp = False
+
+    def __init__(self, name: str, inner: Target, guard: Any, *, policy_hash: str) -> None:
+        self.name, self.inner, self.guard = name, inner, guard
+        self.fingerprint = digest("guard", inner.fingerprint, policy_hash)
+
+    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
+        talks = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+        asked: dict[int, Messages] = {}
+        for at, messages in enumerate(talks):
+            self.guard.model = lambda passed, at=at: asked.__setitem__(at, [dict(m) for m in passed]) or ""
+            self._chat(messages)
+        inner = self.inner.reply(
+            list(asked.values()), max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        ) if asked else []  # fmt: skip
+        said = dict(zip(asked, inner, strict=True))
+        replies = []
+        for at, messages in enumerate(talks):
+            if at in said and said[at].error:
+                replies.append(said[at])
+                continue
+            self.guard.model = lambda _, at=at: said[at].text if at in said else ""
+            answer = self._chat(messages)
+            replies.append(answer if isinstance(answer, Reply) else Reply(answers=(answer,)))
+        return replies
+
+    def _chat(self, messages: Messages) -> str | Reply:
+        try:
+            return self.guard.chat(messages).text
+        except Exception as error:  # a pipeline that raises leaves the sample unscored; it never lets the answer through
+            return Reply(error=f"guard: {type(error).__name__}: {error}")
+
+    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.inner.close()
+
+
 # ---- specs ----------------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +343,17 @@ def open_target(
         if not model:
             raise ValueError(f"target {rest!r} names no model; write it as {rest}#model-name")
         return EndpointTarget(name, url, model, key=key, timeout_s=timeout_s)
+    if rest.startswith("guard:"):
+        policy, _, inside = rest.removeprefix("guard:").partition(":")
+        if not policy or not inside:
+            raise ValueError(f"target {rest!r}: write guard:POLICY:TARGET, such as guard:default:runs/demo/ppo")
+        inner = open_target(inside, dtype=dtype, device=device, timeout_s=timeout_s, key=key)
+        try:
+            pipeline: Any = importlib.import_module("safety.pipeline")
+        except ImportError as error:
+            raise ValueError(f"target {rest!r}: this version has no safety pipeline ({error})") from None
+        guard = pipeline.Guard(policy)
+        return GuardedTarget(name, inner, guard, policy_hash=guard.policy.sha256)
     if rest.startswith("call:"):
         return CallableTarget(name, _imported(rest.removeprefix("call:")))
     if rest.endswith(".jsonl"):
