@@ -24,9 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from eval.calibration import Calibration, calibrate
+from eval.chat_judge import ChatJudge
 from eval.figures import JUDGES
 from eval.graders import RULES
 from eval.refusal_judge import declined, got_nothing
+from eval.targets import open_target
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def judges(keywords: Sequence[str] = ()) -> dict[str, Callable[[Sequence[str], Sequence[str]], list[bool]]]:
+def judges(
+    keywords: Sequence[str] = (), judge: str | None = None
+) -> dict[str, Callable[[Sequence[str], Sequence[str]], list[bool]]]:
     """The refusal judges by name: (prompts, answers) -> declined or not."""
     found: dict[str, Callable[[Sequence[str], Sequence[str]], list[bool]]] = {
         RULES: declined,
         f"{RULES}+off-topic": got_nothing,
     }
+    if judge:
+        asking = ChatJudge(open_target(judge), rubric="refusal")
+        found[asking.name] = lambda p, a: [score.value == 1 for score in asking.verdicts(p, a)]
     for given in keywords:
         name, _, file = given.partition("=")
         if not file or not Path(file).is_file():
@@ -123,7 +130,10 @@ def from_marks(path: Path) -> list[Calibration]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: a row a judge and set."""
-    lines = ["| set | judge | n (refused) | F1 | precision | sensitivity | specificity | kappa |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| set | judge | n (refused) | F1 | precision | sensitivity | specificity | kappa |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = [_cell(row[name]) for name in ("f1", "precision", "sensitivity", "specificity", "kappa")]
         lines.append(f"| {row['source']} | {row['judge']} | {row['n']} ({row['positives']}) | {' | '.join(cells)} |")
@@ -143,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--sets", help="folder of labelled answers")
     add("--marks", help="marks.jsonl saved from a report")
     add("--keywords", action="append", default=[], help="NAME=FILE: a keyword list to compare with")
+    add("--judge", help="a target as a judge of refusals, to compare with (eval/chat_judge.py)")
     add("--store", help="store the rules' counts on the set of this name")
     add("--out", default=str(JUDGES), help="folder of stored calibrations")
     args = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
@@ -155,9 +166,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             one.save(Path(args.out) / f"{one.judge}.json")
     else:
         sets, rows = find_sets(args.sets), []
+        tools = judges(args.keywords, args.judge)
         for one_set in sets:
             source = one_set.name + (" (machine labels)" if one_set.machine else "")
-            for name, judge in judges(args.keywords).items():
+            for name, judge in tools.items():
                 counted = calibrate(name, source, judge(one_set.prompts, one_set.answers), one_set.refused)
                 rows.append(counted.figures())
                 if args.store and one_set.name.startswith(args.store) and name == RULES:

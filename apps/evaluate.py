@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from align.launch import pick_dtype
+from eval.board import write_report
+from eval.chat_judge import ChatJudge, with_judge
 from eval.figures import figures
+from eval.gates import check_gates, read_gates, read_results
 from eval.runner import ReplyStore, grade_all, run_suites
 from eval.suites import SUITES, load_suites
 from eval.suites.public import LOADERS
@@ -37,16 +40,17 @@ def evaluate(
     device: str = "cpu",
     timeout_s: float = 60,
     cache: str | Path | None = None,
+    judge: Target | str | None = None,
+    earlier: dict[str, Any] | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Runs suites on targets and writes results.json, transcripts and report.html into `out`. Returns the results.
 
     Targets are specs (see eval/targets.py) or objects with reply(), logp() and close(). `cache` keeps replies, so that
-    several runs share them; it is out/cache if not given. Everything is checked before a model loads.
+    several runs share them; it is out/cache if not given. `judge`, a target, grades the harm of every attack as well.
+    `earlier`, results of another run, adds what has changed since. Everything is checked before a model loads.
     """
     from accelerate import PartialState
-
-    from eval.board import write_report
 
     tasks = load_suites(suites, data=Path(data) if data else None, limit=limit)
     state = PartialState()
@@ -56,6 +60,9 @@ def evaluate(
     if not opened or len(set(names)) < len(names):
         raise ValueError(f"targets {names}: needs at least one, each under a name of its own (name=spec)")
     store = ReplyStore(Path(cache) if cache else Path(out) / "cache", rank=state.process_index)
+    if judge is not None:
+        asking = open_target(judge, **options) if isinstance(judge, str) else judge
+        tasks = [with_judge(task, ChatJudge(asking, store)) if task.area == "attack" else task for task in tasks]
     begun, kept = time.perf_counter(), len(store.replies)
     asked: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     graded = run_suites(
@@ -74,13 +81,15 @@ def evaluate(
         "new_replies": new,
     }
     if state.is_main_process:
-        write_report(Path(out), results, graded)
+        write_report(Path(out), results, graded, earlier=earlier)
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line. Exit status 0, 1 when a gate fails, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="plumbline eval", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="plumbline eval", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     add = parser.add_argument
     add("--target", action="append", help="spec, or name=spec; several with commas or by repeating the flag")
     add("--suite", default="all", help="names with commas, or all; --list prints them")
@@ -88,13 +97,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--data", help="folder of public sets, <set>/<file>.jsonl.gz")
     add("--limit", type=int, help="samples a suite")
     add("--gate", help="YAML file of bounds; exit status 1 when one fails")
-    add("--baseline", help="results.json of an earlier run, for the gates that compare")
+    add("--baseline", help="results.json of an earlier run, for the gates that compare and the report")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--seed", type=int, default=0)
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
     add("--device", default="cpu")
     add("--timeout", type=float, default=60, help="seconds a question to an endpoint")
+    add("--judge", help="a target that grades the harm of answers to attacks: an endpoint or a model source")
     add("--cache", help="folder of replies shared by several runs (OUT/cache)")
     add("--list", action="store_true", help="print the suites and leave")
     args = parser.parse_args(list(sys.argv[1:] if argv is None else argv))
@@ -105,18 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not specs:
         raise ValueError("no --target; name a model source, run folder, adapter, URL or file of transcripts")
     if args.gate:
-        from eval.gates import read_gates
-
         gates = read_gates(args.gate, baseline=args.baseline)
+    earlier = read_results(args.baseline) if args.baseline else None
     results = evaluate(
         specs, [name for name in args.suite.split(",") if name], args.out, data=args.data, limit=args.limit,
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, dtype=args.dtype,
-        device=args.device, timeout_s=args.timeout, cache=args.cache,
+        device=args.device, timeout_s=args.timeout, cache=args.cache, judge=args.judge, earlier=earlier,
     )  # fmt: skip
     status = 0
     if args.gate:
-        from eval.gates import check_gates
-
         verdicts = check_gates(gates, results)
         print("\n".join(verdict.line for verdict in verdicts))
         status = int(not all(verdict.passed for verdict in verdicts))

@@ -1,6 +1,6 @@
 """`plumbline redteam`: searches for prompts that get past a target, and reports the share that did within k attempts.
 
-    plumbline redteam --target runs/demo/ppo --behaviours 40 --attempts 5 --out runs/redteam
+plumbline redteam --target runs/demo/ppo --behaviours 40 --attempts 5 --out runs/redteam
 """
 
 from __future__ import annotations
@@ -48,7 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    summary = found.summary() | {"target": args.target, "fingerprint": target.fingerprint, "set": args.set, "seed": args.seed}
+    summary = found.summary() | {
+        "target": args.target,
+        "fingerprint": target.fingerprint,
+        "set": args.set,
+        "seed": args.seed,
+    }
     (out / "redteam.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in found.transcripts)
     (out / "attempts.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -26,7 +26,9 @@ HIDDEN = ("attack", "toxicity")  # areas whose text is hidden until it is clicke
 SHOWN_A_SUITE = 200  # transcripts of a suite and target that the page carries; all are in transcripts/
 
 
-def write_report(out: Path, results: Mapping[str, Any], graded: Sequence[Graded], *, earlier: Mapping | None = None) -> Path:
+def write_report(
+    out: Path, results: Mapping[str, Any], graded: Sequence[Graded], *, earlier: Mapping | None = None
+) -> Path:
     """Writes report.html, results.json, transcripts/<target>.jsonl and model_card.md into `out`; returns the page's path.
 
     earlier: results of another run, to print what has changed since.
@@ -159,7 +161,9 @@ def hazard_table(results: Mapping[str, Any]) -> list[dict[str, Any]]:
             rows = [
                 {"name": name, "cells": [entry["by_category"][t].get(name) for t in results["targets"]]} for name in names
             ]  # fmt: skip
-            tables.append({"suite": suite, "scorer": entry["headline"], "rows": rows, "bad_high": first["better"] != "high"})
+            tables.append(
+                {"suite": suite, "scorer": entry["headline"], "rows": rows, "bad_high": first["better"] != "high"}
+            )
     return tables
 
 

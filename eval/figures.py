@@ -40,7 +40,11 @@ def figures(graded: Sequence[Graded], judges: Mapping[str, Calibration] | None =
         entry["by_category"][one.target] = _by_category(one)
         if (ece := _calibration_error(one)) is not None:
             entry["targets"][one.target]["ece"] = ece
-    return {"suites": suites, "comparisons": _comparisons(graded), "judges": {n: j.figures() for n, j in judges.items()}}
+    return {
+        "suites": suites,
+        "comparisons": _comparisons(graded),
+        "judges": {n: j.figures() for n, j in judges.items()},
+    }
 
 
 def stored_judges(folder: Path = JUDGES) -> dict[str, Calibration]:
@@ -67,7 +71,9 @@ def _figure(graded: Graded, scorer: Scorer, judges: Mapping[str, Calibration]) -
         else bootstrap_mean(values, clusters=clusters, resamples=RESAMPLES)
     )  # fmt: skip
     out |= _plain(interval._asdict()) | {"interval": "wilson" if scorer.rate and not clustered else "cluster bootstrap"}
-    if scorer.rate and clustered and sum(values) in (0, len(values)):  # resampling all-equal values shows no spread at all
+    if (
+        scorer.rate and clustered and sum(values) in (0, len(values))
+    ):  # resampling all-equal values shows no spread at all
         out |= _plain(wilson(int(sum(values) > 0) * len(set(clusters)), len(set(clusters)))._asdict())
         out["interval"] = "wilson over clusters"
     if scorer.rate and unscored:

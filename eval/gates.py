@@ -46,7 +46,9 @@ class Gate:
     def __post_init__(self) -> None:
         given = [name for name in BOUNDS + CHANGES if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"has {' and '.join(given) or 'no bound'}; needs exactly one of {', '.join(BOUNDS + CHANGES)}")
+            raise ValueError(
+                f"has {' and '.join(given) or 'no bound'}; needs exactly one of {', '.join(BOUNDS + CHANGES)}"
+            )
         value = getattr(self, given[0])
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise ValueError(f"{given[0]} is {value!r}; needs a number")
@@ -93,14 +95,17 @@ def read_gates(path: str | Path, *, baseline: str | Path | None = None) -> Gates
             gates.append(Gate(**row))
         except ValueError as error:
             raise ValueError(f"{path}, gate {number}: {error}") from None
-    if baseline is None:
-        return Gates(gates)
+    return Gates(gates, read_results(baseline) if baseline is not None else None)
+
+
+def read_results(path: str | Path) -> dict[str, Any]:
+    """The results.json of an earlier run; ValueError naming the file if it is not one."""
     try:
-        earlier = json.loads(Path(baseline).read_text(encoding="utf-8"))
-        earlier["suites"]
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found["suites"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--baseline {baseline}: not the results.json of a run ({error})") from None
-    return Gates(gates, earlier)
+        raise ValueError(f"--baseline {path}: not the results.json of a run ({error})") from None
+    return found
 
 
 def check_gates(gates: Gates, results: Mapping[str, Any]) -> list[GateVerdict]:

@@ -44,9 +44,9 @@ class PlumblineAPI(ModelAPI):
 
     def __init__(
         self, model_name: str, base_url: str | None = None, api_key: str | None = None,
-        config: GenerateConfig = GenerateConfig(), **model_args: Any,
+        config: GenerateConfig | None = None, **model_args: Any,
     ) -> None:  # fmt: skip
-        super().__init__(model_name, base_url, api_key, [], config)
+        super().__init__(model_name, base_url, api_key, [], config or GenerateConfig())
         self.target = open_target(model_name)
         self._lock = asyncio.Lock()
 

@@ -23,9 +23,10 @@ try:
 except ImportError as error:
     raise ImportError("this adapter needs lm-evaluation-harness: pip install lm-eval") from error
 
+from eval.model_target import ModelTarget
 from eval.runner import _cut
 from eval.suites import SUITES, load_suites
-from eval.targets import ModelTarget, Target, open_target
+from eval.targets import Target, open_target
 from eval.tasks import EvalTask
 
 
@@ -106,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = lm_eval.simple_evaluate(
         PlumblineLM(args.target), tasks=args.tasks.split(","), limit=args.limit, task_manager=manager, bootstrap_iters=0
     )
-    print(json.dumps({name: {k: v for k, v in of.items() if isinstance(v, int | float)} for name, of in found["results"].items()}))
+    print(
+        json.dumps(
+            {name: {k: v for k, v in of.items() if isinstance(v, int | float)} for name, of in found["results"].items()}
+        )
+    )
     return 0
 
 

@@ -19,10 +19,11 @@ import torch
 
 from eval.graders import complied_on_topic
 from eval.intervals import wilson
+from eval.model_target import ModelTarget
 from eval.runner import ask
 from eval.samples import Sample
 from eval.suites.attacks import OBFUSCATIONS, TEMPLATES
-from eval.targets import ModelTarget, Target
+from eval.targets import Target
 from eval.tasks import EvalTask, Reply, Scorer
 
 Disguise = Callable[[Sequence[Sample]], list[Sample]]

@@ -34,7 +34,10 @@ def topic_cosine(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
     embedder = load_embedder()
     asked = embedder.embed(prompts)
     said = embedder.embed_windows(answers)
-    return [float(max((windows.vectors @ one).max(), windows.mean() @ one)) for one, windows in zip(asked, said, strict=True)]
+    return [
+        float(max((windows.vectors @ one).max(), windows.mean() @ one))
+        for one, windows in zip(asked, said, strict=True)
+    ]
 
 
 def fix_threshold() -> tuple[float, float, float]:

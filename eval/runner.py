@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from eval.samples import Sample
-from eval.targets import Prompt, Target
-from eval.tasks import EvalTask, Graded, Reply, digest, grade
+from eval.targets import Target
+from eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
 CHUNK = 32  # samples asked at once; part of the hash, since an answer's last bits may depend on its batch
 
@@ -167,7 +167,9 @@ def _ask_answers(target, task, samples, *, max_new_tokens, temperature, seed) ->
             errors[at], finished[at], final[at] = reply.error, reply.finished, reply.final
             said[at].append(_cut(reply.text, task.stop))
     return [
-        Reply(error=errors[at], final=final[at]) if errors[at] else Reply(answers=tuple(said[at]), finished=finished[at])
+        Reply(error=errors[at], final=final[at])
+        if errors[at]
+        else Reply(answers=tuple(said[at]), finished=finished[at])
         for at in range(len(samples))
     ]
 

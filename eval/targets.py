@@ -16,10 +16,10 @@ A target answers conversations and, if it can, gives log-probabilities of texts.
 
 from __future__ import annotations
 
-import gc
-import hashlib
 import importlib
+import inspect
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,14 +28,8 @@ from typing import Any, Protocol
 
 import torch
 
-from eval.tasks import Reply, digest
-from policy_models.chat import encode_prompts, sample_answers
-from policy_models.loading import load_policy, load_tokenizer, resolve_model_source
-from policy_models.logprobs import token_logprobs
-
-Messages = list[dict[str, str]]
-Prompt = Messages | str  # a conversation to answer, or a text to continue
-PAIRS_TOKENS = 2048  # padded tokens a forward pass of log-probabilities
+from eval.model_target import ModelTarget
+from eval.tasks import Messages, Prompt, Reply, digest
 
 
 class Target(Protocol):
@@ -53,118 +47,6 @@ class Target(Protocol):
 
     def close(self) -> None:
         """Frees memory; the next call loads again."""
-
-
-class ModelTarget:
-    """Weights on this machine, loaded at the first question, answered through the rollout engine."""
-
-    gives_logp = True
-
-    def __init__(
-        self, name: str, source: str, *, adapter: str | None = None, dtype: torch.dtype = torch.float32,
-        device: str = "cpu", batch_size: int = 32,
-    ) -> None:  # fmt: skip
-        self.name, self.source, self.adapter = name, source, adapter
-        self.dtype, self.device, self.batch_size = dtype, device, batch_size
-        folders = [Path(resolve_model_source(source)), *([Path(adapter)] if adapter else [])]
-        self.fingerprint = digest(name_of_weights(folders), str(dtype).removeprefix("torch."))
-        self._loaded: tuple[Any, Any] | None = None
-
-    def load(self) -> tuple[Any, Any]:
-        """(model, tokenizer)."""
-        if self._loaded is None:
-            model: Any = load_policy(self.source, dtype=self.dtype)
-            if self.adapter:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
-            self._loaded = model.to(self.device).eval(), load_tokenizer(self.source)
-        return self._loaded
-
-    def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
-        model, tokenizer = self.load()
-        ids = [self.encode(prompt) for prompt in prompts]
-        room = getattr(model.config, "max_position_embeddings", None) or 2**31
-        fits = [at for at, one in enumerate(ids) if 0 < len(one) <= room - max_new_tokens]
-        too_long = "the prompt has {} tokens, the model takes {}"
-        replies = [Reply(error=too_long.format(len(one), room - max_new_tokens), final=True) for one in ids]
-        if fits:
-            answers, texts = sample_answers(
-                model, tokenizer, [ids[at] for at in fits], max_new_tokens=max_new_tokens, temperature=temperature,
-                generator=torch.Generator().manual_seed(seed), batch_size=self.batch_size,
-            )  # fmt: skip
-            for at, answer, text in zip(fits, answers, texts, strict=True):
-                replies[at] = Reply(answers=(text,), finished=answer.finished)
-        return replies
-
-    def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
-        return [total for total, _ in self.logp_and_greedy(pairs)]
-
-    @torch.inference_mode()
-    def logp_and_greedy(self, pairs: Sequence[tuple[Prompt, str]]) -> list[tuple[float, bool]]:
-        """(log-probability in nats, whether each token was the likeliest) of each continuation.
-
-        Tokens are split as lm-evaluation-harness splits them: prompt and continuation are encoded together, and the
-        continuation begins after as many tokens as the prompt alone has. One-token continuations of one prompt share a pass.
-        """
-        model, tokenizer = self.load()
-        split = [self._split(prompt, text) for prompt, text in pairs]
-        inputs: dict[tuple[int, ...], list[int]] = {}  # what goes in (all but the last token) -> pairs that read it
-        for at, (before, after) in enumerate(split):
-            inputs.setdefault(tuple((before + after)[:-1]), []).append(at)
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
-        order = sorted(inputs, key=len)
-        while order:
-            batch, order = _last(order, max(1, PAIRS_TOKENS // max(1, len(order[-1]))))
-            self._score_batch(model, batch, inputs, split, tokenizer.pad_token_id, found)
-        return found
-
-    def _score_batch(self, model, batch, inputs, split, pad: int, found: list[tuple[float, bool]]) -> None:
-        width = max(map(len, batch))
-        ids_BT = torch.full((len(batch), width), pad)
-        keep_BT, read_BT = torch.zeros_like(ids_BT), torch.zeros(len(batch), width, dtype=torch.bool)
-        for row, one in enumerate(batch):
-            ids_BT[row, : len(one)], keep_BT[row, : len(one)] = torch.tensor(one), 1
-            read_BT[row, len(one) - max(len(split[at][1]) for at in inputs[one]) : len(one)] = True
-        device = model.device
-        logits_NV = model(
-            input_ids=ids_BT.to(device), attention_mask=keep_BT.to(device), use_cache=False,
-            position_ids=(keep_BT.cumsum(1) - keep_BT).to(device), logits_to_keep=read_BT.to(device),
-        ).logits  # fmt: skip
-        logits_NV = logits_NV.reshape(-1, logits_NV.shape[-1])
-        first = 0
-        for row, one in enumerate(batch):
-            rows = logits_NV[first : first + int(read_BT[row].sum())]
-            first += len(rows)
-            for at in inputs[one]:
-                after = torch.tensor(split[at][1], device=device)
-                of_it = rows[-len(after) :]
-                logp_N, _ = token_logprobs(of_it, after)
-                found[at] = float(logp_N.sum()), bool((of_it.argmax(-1) == after).all())
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        """Token ids of a conversation (with the assistant's turn opened) or of a plain text."""
-        _, tokenizer = self.load()
-        if isinstance(prompt, str):
-            return tokenizer(prompt, add_special_tokens=True)["input_ids"]
-        return encode_prompts(tokenizer, [prompt])[0]
-
-    def _split(self, prompt: Prompt, text: str) -> tuple[list[int], list[int]]:
-        _, tokenizer = self.load()
-        if not isinstance(prompt, str):
-            return self.encode(prompt), tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not prompt:  # the text alone, given the token that begins or ends a text
-            start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-            return [start], tokenizer(text, add_special_tokens=False)["input_ids"]
-        blanks = len(prompt) - len(prompt.rstrip())
-        if blanks:
-            prompt, text = prompt[:-blanks], prompt[-blanks:] + text
-        before, whole = self.encode(prompt), self.encode(prompt + text)
-        return before, whole[len(before) :] or whole[-1:]
-
-    def close(self) -> None:
-        self._loaded = None
-        gc.collect()
 
 
 class EndpointTarget:
@@ -255,13 +137,19 @@ class TranscriptTarget:
 class CallableTarget:
     """Any function from messages to text; also a guarded pipeline, as `Guard.answer`. Texts to continue are one user turn.
 
-    version stands for the function in the fingerprint: raise it when the function changes.
+    The fingerprint holds the function's source where Python can find it; what the function calls is not seen: raise
+    `version` when that changes.
     """
 
     gives_logp = False
 
     def __init__(self, name: str, answer: Callable[[Messages], Any], *, version: str = "1") -> None:
-        self.name, self.answer, self.fingerprint = name, answer, digest("callable", name, version)
+        self.name, self.answer = name, answer
+        try:
+            source = inspect.getsource(answer)
+        except (OSError, TypeError):
+            source = ""
+        self.fingerprint = digest("callable", name, version, source)
 
     def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
         return [self._one([{"role": "user", "content": p}] if isinstance(p, str) else p) for p in prompts]
@@ -272,7 +160,11 @@ class CallableTarget:
         except Exception as error:  # whatever a user's function does, one sample is unscored and the run goes on
             return Reply(error=f"{type(error).__name__}: {error}")
         text = getattr(said, "text", said)
-        return Reply(answers=(text,)) if isinstance(text, str) else Reply(error=f"answered {type(said).__name__}, not text")
+        return (
+            Reply(answers=(text,))
+            if isinstance(text, str)
+            else Reply(error=f"answered {type(said).__name__}, not text")
+        )
 
     def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         raise NotImplementedError
@@ -317,7 +209,9 @@ class GuardedTarget:
     def _chat(self, messages: Messages) -> str | Reply:
         try:
             return self.guard.chat(messages).text
-        except Exception as error:  # a pipeline that raises leaves the sample unscored; it never lets the answer through
+        except (
+            Exception
+        ) as error:  # a pipeline that raises leaves the sample unscored; it never lets the answer through
             return Reply(error=f"guard: {type(error).__name__}: {error}")
 
     def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
@@ -331,7 +225,7 @@ class GuardedTarget:
 
 
 def open_target(
-    spec: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", timeout_s: float = 60, key: str = ""
+    spec: str, *, dtype: torch.dtype = torch.float32, device: str = "cpu", timeout_s: float = 60, key: str | None = None
 ) -> Target:
     """The target that a spec names; see the top of this file. Raises ValueError for one that does not exist."""
     name, _, rest = spec.partition("=") if re.match(r"[\w.+-]+=", spec) else ("", "", spec)
@@ -342,6 +236,7 @@ def open_target(
         url, _, model = rest.partition("#")
         if not model:
             raise ValueError(f"target {rest!r} names no model; write it as {rest}#model-name")
+        key = os.environ.get("OPENAI_API_KEY", "") if key is None else key
         return EndpointTarget(name, url, model, key=key, timeout_s=timeout_s)
     if rest.startswith("guard:"):
         policy, _, inside = rest.removeprefix("guard:").partition(":")
@@ -368,7 +263,9 @@ def _source_and_adapter(spec: str) -> tuple[str, str | None]:
     base, plus, adapter = spec.partition("+")
     if plus:
         if not (Path(adapter) / "adapter_config.json").is_file():
-            raise ValueError(f"adapter {adapter!r} has no adapter_config.json; name a folder written by save_pretrained")
+            raise ValueError(
+                f"adapter {adapter!r} has no adapter_config.json; name a folder written by save_pretrained"
+            )
         return base, adapter
     folder = Path(spec)
     if (folder / "adapter_config.json").is_file():
@@ -381,25 +278,6 @@ def _source_and_adapter(spec: str) -> tuple[str, str | None]:
         hint = f"; did you mean {' or '.join(inside)}?" if inside else "; it holds no model/ and no config.json"
         raise ValueError(f"target {spec!r} is a folder without a model{hint}")
     return spec, None
-
-
-def name_of_weights(folders: Sequence[Path]) -> str:
-    """Hash of everything in model folders that can change an answer; a hub id is named by the commit in the cache."""
-    whole = hashlib.sha256()
-    for folder in folders:
-        if not folder.is_dir():
-            from huggingface_hub import try_to_load_from_cache
-
-            cached = try_to_load_from_cache(str(folder), "config.json")
-            whole.update(f"{folder}@{Path(cached).parent.name if isinstance(cached, str) else ''}".encode())
-            continue
-        files = (f for f in folder.iterdir() if f.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt"))
-        for file in sorted(files):
-            whole.update(file.name.encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 22):
-                    whole.update(block)
-    return whole.hexdigest()[:32]
 
 
 def _imported(path: str) -> Callable[[Messages], Any]:
@@ -436,7 +314,3 @@ def _asked(prompt: Prompt) -> str:
     if isinstance(prompt, str):
         return prompt
     return prompt[0]["content"] if len(prompt) == 1 else json.dumps(prompt, sort_keys=True)
-
-
-def _last(order: list, count: int) -> tuple[list, list]:
-    return order[-count:], order[:-count]

@@ -1,6 +1,6 @@
 """What an evaluation is made of: a task asks samples, a target replies, scorers grade the replies.
 
-    Sample (eval/samples.py) -> Reply (eval/targets.py) -> Score, one a scorer
+Sample (eval/samples.py) -> Reply (eval/targets.py) -> Score, one a scorer
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from eval.samples import Sample
+
+Messages = list[dict[str, str]]
+Prompt = Messages | str  # a conversation to answer, or a text to continue
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def quiz() -> EvalTask:
     ]  # fmt: skip
     return EvalTask(
         name="quiz", version=1, area="capability", about="general knowledge, four choices, by log-likelihood",
-        samples=samples, scorers=[chose_right(), chose_right("correct_a_byte", per="byte")], source="eval/suites",
+        samples=samples, scorers=[chose_right(), chose_right("correct_normed", per="character")], source="eval/suites",
     )  # fmt: skip
 
 

@@ -19,7 +19,6 @@ from eval.graders import (
     complied,
     complied_on_topic,
     exact,
-    last_number,
     leaked,
     non_answer,
     prefers_first,
@@ -60,11 +59,12 @@ def read_set(data: Path, name: str) -> list[Row]:
     rows, line_no = [], 0
     try:
         with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for line_no, line in enumerate(lines, start=1):
+            for line in lines:
+                line_no += 1
                 if line.strip():
                     rows.append(json.loads(line))
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}:{line_no + 1}: {error}; unpack or download the file again") from None
+        raise ValueError(f"{path}:{line_no}: {error}; unpack or download the file again") from None
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{path}: needs one JSON object a line, got {len(rows)} rows")
     return rows
@@ -81,8 +81,12 @@ def found_in(data: Path) -> dict[str, Callable[[], EvalTask]]:
     }
 
 
-def _task(name: str, area: str, about: str, samples: Iterable[Sample], scorers: list, file: str, **more: Any) -> EvalTask:
-    return EvalTask(name=name, version=1, area=area, about=about, samples=list(samples), scorers=scorers, source=file, **more)
+def _task(
+    name: str, area: str, about: str, samples: Iterable[Sample], scorers: list, file: str, **more: Any
+) -> EvalTask:
+    return EvalTask(
+        name=name, version=1, area=area, about=about, samples=list(samples), scorers=scorers, source=file, **more
+    )
 
 
 def _column(row: Row, field: str, file: str, at: int) -> str:
@@ -106,7 +110,9 @@ def harmful(name: str, data: Path) -> EvalTask:
             seen.add(prompt)
             group = str(row.get("base_id") or "")
             samples.append(
-                Sample(id=f"{name}-{at}", input=prompt, kind="harmful", category=str(row.get(category, "")), group=group)
+                Sample(
+                    id=f"{name}-{at}", input=prompt, kind="harmful", category=str(row.get(category, "")), group=group
+                )
             )
     about = f"the harmful prompts of {file.split('/')[0]}"
     scorers = [complied(), complied_on_topic(), refused("high"), non_answer()]
@@ -118,22 +124,22 @@ def multi_turn(name: str, data: Path) -> EvalTask:
     turns: dict[str, list[str]] = {}
     for at, row in enumerate(read_set(data, MULTI_TURN[name])):
         turns.setdefault(str(row["ID"]).rpartition("-")[0], []).append(_column(row, "Prompt", name, at))
-    samples = [
-        Sample(id=key, input=said[-1], history=tuple(said[:-1]), kind="harmful") for key, said in turns.items()
-    ]
+    samples = [Sample(id=key, input=said[-1], history=tuple(said[:-1]), kind="harmful") for key, said in turns.items()]
     scorers = [complied(), complied_on_topic(), refused("high"), non_answer()]
-    return _task(name, "attack", "human multi-turn attacks", samples, scorers, MULTI_TURN[name], needs=("over_refusal",))
+    return _task(
+        name, "attack", "human multi-turn attacks", samples, scorers, MULTI_TURN[name], needs=("over_refusal",)
+    )
 
 
 def xstest(label: str, data: Path) -> EvalTask:
     """XSTest: safe prompts that look unsafe, and unsafe ones (arXiv:2308.01263)."""
     rows = [row for row in read_set(data, "xstest/prompts") if row["label"] == label]
     kind, name = ("twin", "xstest_safe") if label == "safe" else ("harmful", "xstest_unsafe")
-    samples = [
-        Sample(id=f"xstest-{row['id']}", input=row["prompt"], kind=kind, category=row["type"]) for row in rows
-    ]
+    samples = [Sample(id=f"xstest-{row['id']}", input=row["prompt"], kind=kind, category=row["type"]) for row in rows]
     if label == "safe":
-        return _task(name, "refusal", "safe prompts that look unsafe", samples, [refused("low"), non_answer()], "xstest/prompts")
+        return _task(
+            name, "refusal", "safe prompts that look unsafe", samples, [refused("low"), non_answer()], "xstest/prompts"
+        )
     scorers = [complied(), complied_on_topic(), refused("high"), non_answer()]
     return _task(name, "attack", "unsafe contrast prompts", samples, scorers, "xstest/prompts", needs=("xstest_safe",))
 
@@ -153,13 +159,22 @@ def cyber_injection(data: Path) -> EvalTask:
     file = "cyberseceval/prompt_injection"
     samples = []
     for row in read_set(data, file):
-        word = re.search(r"contain(?:s)? the (?:exact )?(?:word|phrase|string|text)s? ['\"]([^'\"]+)['\"]", row["judge_question"])
+        word = re.search(
+            r"contain(?:s)? the (?:exact )?(?:word|phrase|string|text)s? ['\"]([^'\"]+)['\"]", row["judge_question"]
+        )
         if word:
             samples.append(
                 Sample(id=f"cyber-{row['prompt_id']}", input=row["user_input"], system=row["test_case_prompt"],
                        target=word.group(1), category=row["injection_variant"])
             )  # fmt: skip
-    return _task("cyber_injection", "injection", "injections that ask for a word", samples, [leaked("obeyed"), non_answer()], file)
+    return _task(
+        "cyber_injection",
+        "injection",
+        "injections that ask for a word",
+        samples,
+        [leaked("obeyed"), non_answer()],
+        file,
+    )
 
 
 def toxic_prompts(data: Path) -> EvalTask:
@@ -169,7 +184,9 @@ def toxic_prompts(data: Path) -> EvalTask:
         Sample(id=f"rtp-{at}", input=_column(row, "prompt", file, at), raw=True, category=str(row.get("category", "")))
         for at, row in enumerate(read_set(data, file))
     ]
-    return _task("real_toxicity", "toxicity", "continued beginnings", samples, [toxic(), toxicity()], file, max_new_tokens=32)
+    return _task(
+        "real_toxicity", "toxicity", "continued beginnings", samples, [toxic(), toxicity()], file, max_new_tokens=32
+    )
 
 
 # ---- bias, truth, dispositions --------------------------------------------------------------------------------------
@@ -191,7 +208,14 @@ def bbq(data: Path) -> EvalTask:
             f"{row['category']} {row['context_condition']}", f"{row['category']}-{row['question_index']}", target,
         )  # fmt: skip
         samples.append(sample)
-    return _task("bbq", "bias", "questions with and without the information", _mixed(samples), [chose_right(), leaning()], "bbq/bbq")
+    return _task(
+        "bbq",
+        "bias",
+        "questions with and without the information",
+        _mixed(samples),
+        [chose_right(), leaning()],
+        "bbq/bbq",
+    )
 
 
 def crows_pairs(data: Path) -> EvalTask:
@@ -201,7 +225,9 @@ def crows_pairs(data: Path) -> EvalTask:
         for row in read_set(data, "crows_pairs/pairs")
     ]  # fmt: skip
     scorer = prefers_first("stereotype_likelier", "the more stereotyped sentence is likelier; 50 % is no preference")
-    return _task("crows_pairs", "bias", "stereotyped sentences against their twins", samples, [scorer], "crows_pairs/pairs")
+    return _task(
+        "crows_pairs", "bias", "stereotyped sentences against their twins", samples, [scorer], "crows_pairs/pairs"
+    )
 
 
 def truthfulqa(data: Path) -> EvalTask:
@@ -214,7 +240,9 @@ def truthfulqa(data: Path) -> EvalTask:
             Sample(id=f"truthful-{at}", input=f"Q: {row['Question']}\nA:", raw=True, choices=choices, target="0",
                    category=row["Category"])
         )  # fmt: skip
-    return _task("truthfulqa", "truth", "common beliefs", samples, [chose_right(), right_share()], "truthfulqa/questions")
+    return _task(
+        "truthfulqa", "truth", "common beliefs", samples, [chose_right(), right_share()], "truthfulqa/questions"
+    )
 
 
 def ai_risk(data: Path) -> EvalTask:
@@ -227,7 +255,9 @@ def ai_risk(data: Path) -> EvalTask:
         for at, row in enumerate(read_set(data, "model_written_evals/advanced_ai_risk"))
     ]  # fmt: skip
     scorer = prefers_first("matches", "the choice that shows the behaviour is likelier")
-    return _task("ai_risk", "behaviour", "dispositions of an assistant", _mixed(samples), [scorer], "model_written_evals")
+    return _task(
+        "ai_risk", "behaviour", "dispositions of an assistant", _mixed(samples), [scorer], "model_written_evals"
+    )
 
 
 # ---- capability, as lm-evaluation-harness asks it -------------------------------------------------------------------
@@ -244,7 +274,9 @@ def mmlu(data: Path) -> EvalTask:
             Sample(id=f"mmlu-{at}", input=head + "\n".join([row["question"].strip(), *lines, "Answer:"]), raw=True,
                    choices=(" A", " B", " C", " D"), target=str("ABCD".index(row["answer"])), category=row["subject"])
         )  # fmt: skip
-    return _task("mmlu", "capability", "57 subjects, zero-shot, by letter", _mixed(samples), [chose_right()], "mmlu/test")
+    return _task(
+        "mmlu", "capability", "57 subjects, zero-shot, by letter", _mixed(samples), [chose_right()], "mmlu/test"
+    )
 
 
 def arc_challenge(data: Path) -> EvalTask:
@@ -257,8 +289,10 @@ def arc_challenge(data: Path) -> EvalTask:
             Sample(id=row["id"], input=f"Question: {row['question']}\nAnswer:", raw=True,
                    choices=tuple(" " + text for text in choices["text"]), target=str(labels.index(row["answerKey"])))
         )  # fmt: skip
-    scorers = [chose_right(), chose_right("correct_a_byte", per="byte")]
-    return _task("arc_challenge", "capability", "school science, zero-shot", samples, scorers, "arc_challenge/questions")
+    scorers = [chose_right(), chose_right("correct_normed", per="character")]
+    return _task(
+        "arc_challenge", "capability", "school science, zero-shot", samples, scorers, "arc_challenge/questions"
+    )
 
 
 def gsm8k(data: Path) -> EvalTask:
@@ -270,7 +304,7 @@ def gsm8k(data: Path) -> EvalTask:
                target=row["answer"].rpartition("#### ")[2].replace(",", ""))
         for at, row in enumerate(read_set(data, "gsm8k/test"))
     ]  # fmt: skip
-    scorers = [exact(pick=last_number), exact("strict", pick=_after_marks)]
+    scorers = [exact(pick=_last_of), exact("strict", pick=_after_marks)]
     return _task(
         "gsm8k", "capability", "school maths, five shots, greedy", samples, scorers, "gsm8k/test",
         max_new_tokens=256, stop=("Question:", "</s>", "<|im_end|>"),
@@ -285,7 +319,9 @@ def humaneval(data: Path) -> EvalTask:
         for row in read_set(data, "humaneval/humaneval")
     ]  # fmt: skip
     stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-    return _task("humaneval", "capability", "Python functions", samples, [passes()], "humaneval", max_new_tokens=256, stop=stop)
+    return _task(
+        "humaneval", "capability", "Python functions", samples, [passes()], "humaneval", max_new_tokens=256, stop=stop
+    )
 
 
 def bbh(data: Path) -> EvalTask:
@@ -303,6 +339,12 @@ def bbh(data: Path) -> EvalTask:
 def _after_marks(text: str) -> str | None:
     found = re.search(r"#### (-?[0-9.,]+)", text)
     return found.group(1).replace(",", "") if found else None
+
+
+def _last_of(text: str) -> str | None:
+    """The last match of lm-eval's "flexible-extract", less what its metric ignores."""
+    found = [match.group() for match in re.finditer(r"-?[$0-9.,]{2,}|-?[0-9]+", text)]
+    return found[-1].replace(",", "").replace("$", "").removesuffix(".") if found else None
 
 
 def _value(field: Any) -> Any:

@@ -45,7 +45,9 @@ def fact_numbers() -> EvalTask:
         if not found:
             continue
         number = int(found.group(1).replace(",", ""))
-        wrong = number + max(2, round(number * 0.07) if number > 1000 and "," not in found.group(1) else round(number * 0.4))
+        wrong = number + max(
+            2, round(number * 0.07) if number > 1000 and "," not in found.group(1) else round(number * 0.4)
+        )
         as_text = f"{wrong:,}" if "," in found.group(1) else str(wrong)
         changed = row["fact"][: found.start(1)] + as_text + row["fact"][found.end(1) :]
         samples.append(

@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from eval.calibration import Calibration, calibrate, corrected
+from eval.chat_judge import ChatJudge, read_verdict
 from eval.intervals import kappa
+from eval.runner import ReplyStore
+from eval.targets import CallableTarget
 
 
 def judge(tp, fn, tn, fp, name="j"):
@@ -82,3 +85,47 @@ def test_counts_figures_and_a_round_trip(tmp_path):
         Calibration.load(tmp_path / "bad.json")
     with pytest.raises(ValueError, match="needs rows of both"):
         calibrate("rules", "set", [True, False], [True, True])
+
+
+# ---- a model as the judge -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said, want",
+    [
+        ('{"verdict": "yes"}', 1),
+        ('At first {"verdict": "yes"}. No wait: {"verdict": "no"}', 0),  # the last one counts
+        ('{"verdict": "Yes"} and {"other": 1}', 1),
+        ("No.", 0),
+        ('{"verdict": 7}', None),
+        ("yes and no", None),
+        ("", None),
+        ('The answer says {"verdict": "yes"', None),  # not closed
+    ],
+)
+def test_verdicts_are_read_or_unscored(said, want):
+    assert read_verdict(said).value == want
+
+
+def test_a_judge_is_asked_once_and_its_failures_are_unscored(tmp_path):
+    calls = []
+
+    def answer(messages):
+        calls.append(messages)
+        if "broken" in messages[0]["content"]:
+            raise TimeoutError("late")
+        return '{"verdict": "%s"}' % ("yes" if "help" in messages[0]["content"].split("<answer>")[1] else "no")
+
+    target = CallableTarget("j", answer)
+    prompts, answers = ["p"] * 4, ["some help", "nothing", "broken", "some help"]
+    found = ChatJudge(target, ReplyStore(tmp_path)).verdicts(prompts, answers)
+    assert [score.value for score in found] == [1, 0, None, 1] and "late" in found[2].why and len(calls) == 3
+    ChatJudge(target, ReplyStore(tmp_path)).verdicts(prompts, answers)
+    assert len(calls) == 4  # only what had failed
+
+
+def test_a_local_judge_weighs_yes_and_no():
+    from eval.targets import open_target
+
+    (score,) = ChatJudge(open_target("bundled:tiny-llama")).verdicts(["p"], ["a"])
+    assert score.value in (0, 1)

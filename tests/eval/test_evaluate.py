@@ -113,7 +113,11 @@ def figure(mean, low, high, n=100, unscored=0):
     ],
 )
 def test_gates_look_at_intervals(gate, passes):
-    results = {"targets": ["t"], "comparisons": [], "suites": {"s": {"version": 1, "targets": {"t": {"f": figure(0.25, 0.18, 0.34)}}}}}
+    results = {
+        "targets": ["t"],
+        "comparisons": [],
+        "suites": {"s": {"version": 1, "targets": {"t": {"f": figure(0.25, 0.18, 0.34)}}}},
+    }
     assert check_gates(Gates([Gate(suite="s", figure="f", **gate)]), results)[0].passed is passes
 
 
@@ -168,9 +172,13 @@ def test_figures_by_hand_with_unscored_rows_and_a_judge():
 def test_clusters_widen_and_no_spread_is_not_certainty():
     lone = figures([graded("a", [1.0, 0.0] * 20)], {})["suites"]["s"]["targets"]["a"]["f"]
     copied = [1.0] * 20 + [0.0] * 20
-    same = figures([graded("a", copied, groups=[str(i // 10) for i in range(40)])], {})["suites"]["s"]["targets"]["a"]["f"]
+    same = figures([graded("a", copied, groups=[str(i // 10) for i in range(40)])], {})["suites"]["s"]["targets"]["a"][
+        "f"
+    ]
     assert same["interval"] == "cluster bootstrap" and same["high"] - same["low"] > 2 * (lone["high"] - lone["low"])
-    none = figures([graded("a", [0.0] * 40, groups=[str(i // 10) for i in range(40)])], {})["suites"]["s"]["targets"]["a"]["f"]
+    none = figures([graded("a", [0.0] * 40, groups=[str(i // 10) for i in range(40)])], {})["suites"]["s"]["targets"][
+        "a"
+    ]["f"]
     assert none["mean"] == 0 and none["high"] == pytest.approx(0.4899, abs=1e-3)  # 0 of 4 clusters
 
 
@@ -183,7 +191,10 @@ def test_comparisons_pair_by_sample_and_carry_holm():
 
 def test_reliability_by_hand():
     rows = reliability([0.95, 0.91, 0.55, 1.0], [1, 0, 1, 1])
-    assert rows == [{"confidence": 0.55, "right": 1, "n": 1}, {"confidence": pytest.approx(0.95333, abs=1e-4), "right": pytest.approx(2 / 3), "n": 3}]
+    assert rows == [
+        {"confidence": 0.55, "right": 1, "n": 1},
+        {"confidence": pytest.approx(0.95333, abs=1e-4), "right": pytest.approx(2 / 3), "n": 3},
+    ]
 
 
 # ---- graders --------------------------------------------------------------------------------------------------------
@@ -343,6 +354,6 @@ def test_two_tiny_models_on_every_suite_from_the_command_line(tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_loads(argv, rule, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.targets.load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("eval.model_target.load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=rule):
         main([*argv, "--out", str(tmp_path)])

@@ -199,7 +199,9 @@ def test_auc_counts_pairs(rows):
 # ---- against statsmodels and SciPy to 1e-9 --------------------------------------------------------------------------
 
 
-@given(st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95, 0.99]))
+@given(
+    st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95, 0.99])
+)
 def test_wilson_equals_statsmodels(counts, level):
     from statsmodels.stats.proportion import proportion_confint
 

@@ -80,7 +80,9 @@ def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
     export(quiz, tmp_path / "tasks")
     target = open_target("bundled:tiny-llama")
     manager = lm_eval.tasks.TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    theirs = lm_eval.simple_evaluate(PlumblineLM(target), tasks=["plumbline_quiz"], task_manager=manager, bootstrap_iters=0)
+    theirs = lm_eval.simple_evaluate(
+        PlumblineLM(target), tasks=["plumbline_quiz"], task_manager=manager, bootstrap_iters=0
+    )
     ours = run_suites([target], [quiz], ReplyStore(tmp_path / "c"), quiet=True)[0].scores["correct"]
     assert theirs["results"]["plumbline_quiz"]["acc,none"] == pytest.approx(sum(s.value for s in ours) / 12)
 
@@ -91,5 +93,7 @@ def test_our_suite_runs_in_inspect(tmp_path):
 
     from eval.inspect_adapter import suite
 
-    (log,) = run_inspect(suite("injection_direct", limit=2), model="plumbline/bundled:tiny-moe", log_dir=str(tmp_path), display="none")
+    (log,) = run_inspect(
+        suite("injection_direct", limit=2), model="plumbline/bundled:tiny-moe", log_dir=str(tmp_path), display="none"
+    )
     assert log.status == "success" and log.results.scores

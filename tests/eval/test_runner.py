@@ -224,7 +224,9 @@ def test_tiny_model_answers_and_its_choices_agree_with_a_plain_forward(tiny):
 
 def test_a_prompt_that_is_too_long_is_a_final_error(tiny, tmp_path):
     long = task(1)
-    long = EvalTask(name="l", version=1, area="x", samples=[Sample(id="1", input="a" * 3000)], scorers=long.scorers, about="")
+    long = EvalTask(
+        name="l", version=1, area="x", samples=[Sample(id="1", input="a" * 3000)], scorers=long.scorers, about=""
+    )
     store = ReplyStore(tmp_path)
     run_suites([tiny], [long], store, quiet=True)
     (kept,) = ReplyStore(tmp_path).replies.values()
