@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from eval.samples import Sample
@@ -104,16 +104,17 @@ class EvalTask:
         return bool(self.samples[0].choices)
 
     def first(self, limit: int | None) -> EvalTask:
-        """The task with its first `limit` samples, spread over groups whole: a group is never cut."""
+        """The task with its first `limit` samples; a group that stands together is finished, not cut."""
         if limit is None or limit >= len(self.samples):
             return self
-        kept: list[Sample] = []
-        groups: set[str] = set()
-        for sample in self.samples:
-            if len(kept) < limit or (sample.group and sample.group in groups):
-                kept.append(sample)
-                groups.add(sample.group)
-        return EvalTask(**{name: getattr(self, name) for name in self.__dataclass_fields__} | {"samples": kept})
+        end = limit
+        while (
+            end < len(self.samples)
+            and self.samples[end].group
+            and self.samples[end].group == self.samples[end - 1].group
+        ):
+            end += 1
+        return replace(self, samples=self.samples[:end])
 
 
 @dataclass(frozen=True, kw_only=True)

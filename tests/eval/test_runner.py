@@ -315,6 +315,7 @@ def test_limits_keep_groups_whole_and_suites_bring_their_counterpart():
     assert (attack.name, over.name, len(attack.samples)) == ("harmful_direct", "over_refusal", 5)
     (sway,) = load_suites(["sycophancy"], limit=4)
     assert len(sway.samples) == 6 and {s.group for s in sway.samples} == {"quiz-001", "quiz-002"}
+    assert len(load_suites(["harmful_templates"], limit=30)[0].samples) == 30  # its groups do not stand together
 
 
 @pytest.mark.parametrize("names, rule", [(["nope"], "there are harmful_direct"), (["mmlu"], "--data")])
