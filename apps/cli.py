@@ -12,6 +12,12 @@ COMMANDS = {
     "reward-model": ("align.reward_model", "train a reward model on preference pairs"),
     "ppo": ("align.ppo", "PPO against the composite reward"),
     "dpo": ("align.dpo", "direct preference optimisation"),
+    "eval": (
+        "apps.evaluate",
+        "suites x targets: attacks, over-refusal, bias, truth, leaks, capability, with error bars",
+    ),
+    "calibrate": ("apps.calibrate", "measure a judge against people's labels, and store how often it errs"),
+    "redteam": ("apps.redteam", "search for prompts that get past a target, within a budget"),
     "report": ("apps.report", "render report.html of a run folder"),
     "train-heads": ("safety.train_heads", "train the classifier heads that ship in safety/heads"),
     "verify": ("apps.verify", "check an answer against documents: verdicts with citations"),
