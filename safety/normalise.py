@@ -53,7 +53,7 @@ LEET_L = str.maketrans("4@3105$7!8+", "aaelosstlbt")  # 1 and ! can also stand f
 _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 _WORD = re.compile(r"\w+")
 _SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[ \t._*|~-]{1,4}[^\W_]){4,}(?![^\W_])")
-_LEET_WORD = re.compile(r"(?<![\w@$+])(?=[\w@$!+]*[0-9@$!+])(?=[\w@$!+]*[A-Za-z])[\w@$!+]{2,30}")
+_LEET_WORD = re.compile(r"[\w@$!+]{2,30}")
 _BASE64 = re.compile(r"(?<![\w+/=-])(?:[A-Za-z0-9+/_-]{40,76}\r?\n){0,200}[A-Za-z0-9+/_-]{16,20000}={0,2}")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]{0,2}){8,10000}(?![0-9A-Za-z])")
 _URL = re.compile(r"(?:[\w.~+-]|%[0-9a-fA-F]{2}){9,20000}")
@@ -167,17 +167,19 @@ def _compatibility(text: str) -> Iterator[Edit]:
 
 
 def _lookalikes(text: str) -> Iterator[Edit]:
-    """Words that are wholly Latin once their look-alikes are replaced; real Russian and Greek words are left alone."""
-    for word in _WORD.finditer(text):
-        if not word.group().isascii():
-            new = word.group().translate(CONFUSABLE)
-            if new.isascii():
-                start = word.start()
-                yield from (
-                    (start + i, start + i + 1, b)
-                    for i, (a, b) in enumerate(zip(word.group(), new, strict=True))
-                    if a != b
-                )
+    """Words that are wholly Latin once their look-alikes are replaced.
+
+    In a text with other words in Cyrillic or Greek, only words that mix scripts: there, "как" is a word and no disguise.
+    """
+    words = [word for word in _WORD.finditer(text) if not word.group().isascii()]
+    latin = [word.group().translate(CONFUSABLE) for word in words]
+    real = any(not new.isascii() for new in latin)
+    for word, new in zip(words, latin, strict=True):
+        mixed = any(ch.isascii() and ch.isalpha() for ch in word.group())
+        if new.isascii() and (mixed or not real):
+            for i, (a, b) in enumerate(zip(word.group(), new, strict=True)):
+                if a != b:
+                    yield word.start() + i, word.start() + i + 1, b
 
 
 def _spacing(text: str) -> Iterator[Edit]:
@@ -201,7 +203,7 @@ def _leet(text: str) -> Iterator[Edit]:
     found: list[Edit] = []
     for word in _LEET_WORD.finditer(text):
         old = word.group().rstrip("!+")
-        if old.isalpha() or old.isdigit():
+        if old.isalpha() or not any(ch.isalpha() for ch in old):
             continue
         for table in (LEET, LEET_L):
             new = old.translate(table)
@@ -225,8 +227,8 @@ def _decoded(view: View) -> Iterator[View]:
     text = view.text
     for tags in TAGS.finditer(text):
         yield _segment(view, "tags", tags.start(), tags.end(), "".join(chr(ord(ch) - 0xE0000) for ch in tags.group()))
-    for name, pattern, decode in _CODECS:
-        for match in pattern.finditer(text):
+    for name, sign, pattern, decode in _CODECS:
+        for match in pattern.finditer(text) if sign in text else ():
             plain = decode(match.group())
             if plain and _readable(plain):
                 yield _segment(view, name, match.start(), match.end(), plain)
@@ -263,11 +265,11 @@ def _utf8(decode: Callable[[], bytes]) -> str | None:
         return None
 
 
-_CODECS: tuple[tuple[str, re.Pattern[str], Callable[[str], str | None]], ...] = (
-    ("base64", _BASE64, _base64),
-    ("hex", _HEX, _hex),
-    ("url", _URL, _url),
-    ("entities", _ENTITY, html.unescape),
+_CODECS: tuple[tuple[str, str, re.Pattern[str], Callable[[str], str | None]], ...] = (  # name, what must occur, ...
+    ("base64", "", _BASE64, _base64),
+    ("hex", "", _HEX, _hex),
+    ("url", "%", _URL, _url),
+    ("entities", "&#", _ENTITY, html.unescape),
 )
 
 
@@ -288,7 +290,10 @@ def _ciphers(view: View) -> Iterator[View]:
     if len(words) < 4 or sum(plain) > 0.98 * len(words):
         return
     for name, change in (("rot13", lambda text: codecs.decode(text, "rot13")), ("reversed", lambda text: text[::-1])):
-        gain = [int(known.get(change(word), 1 << 20) < 12_000) - int(is_plain) for word, is_plain in zip(low, plain, strict=True)]
+        gain = [
+            int(known.get(change(word), 1 << 20) < 12_000) - int(is_plain)
+            for word, is_plain in zip(low, plain, strict=True)
+        ]
         first, last, best = _best_run(gain)
         if best >= 4:
             start, end = words[first].start(), words[last].end()
@@ -319,7 +324,9 @@ def vocabulary() -> dict[str, int]:
         entries = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]  # type: ignore[attr-defined]
     except (PackageNotFoundError, OSError, KeyError, ValueError):
         return {}
-    words = [word for word, _ in sorted(entries.items(), key=lambda entry: entry[1]) if word.isalpha() and word.isascii()]
+    words = [
+        word for word, _ in sorted(entries.items(), key=lambda entry: entry[1]) if word.isalpha() and word.isascii()
+    ]
     words = [word for word in words if len(word) > 1 or word in "ai"]
     return {word: rank for rank, word in enumerate(words)}
 
