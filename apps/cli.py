@@ -21,6 +21,7 @@ COMMANDS = {
     "report": ("apps.report", "render report.html of a run folder"),
     "train-heads": ("safety.train_heads", "train the classifier heads that ship in safety/heads"),
     "verify": ("apps.verify", "check an answer against documents: verdicts with citations"),
+    "guard": ("apps.guard", "check texts, explain verdicts, chat behind the guard, measure it, watch for drift"),
     "doctor": ("apps.doctor", "print versions, devices, threads, and which extras and weights are there"),
 }
 
