@@ -31,14 +31,15 @@ debug: .venv/.core ## every stage at toy size, about a minute each at most
 	  $(BIN)/accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	    align/$$stage.py --config configs/$$stage/debug.yaml || exit 1; done
 
+# One thread a process and a process a core: small models gain more from a second test than from a second thread.
 test: .venv/.dev ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: .venv/.dev ## ruff, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 clean: ## remove runs and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

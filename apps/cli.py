@@ -11,6 +11,7 @@ COMMANDS = {
     "sft": ("align.sft", "supervised fine-tuning"),
     "reward-model": ("align.reward_model", "train a reward model on preference pairs"),
     "ppo": ("align.ppo", "PPO against the composite reward"),
+    "sample-pairs": ("align.sample_pairs", "preference pairs from a model's own answers, ranked by the reward"),
     "dpo": ("align.dpo", "direct preference optimisation"),
     "eval": (
         "apps.evaluate",
