@@ -74,9 +74,9 @@ def sample_pairs(settings: PairSettings, *, reward: CompositeReward | None = Non
         generator=torch.Generator(model.device).manual_seed(settings.seed),
     )
     reward = reward or build_reward(settings)
-    texts = [last_user_text(prompts[row]) for row in rows]
-    reward.fit(texts, answers).save(run / "scaling.json")
-    pairs = best_and_worst([prompts[row] for row in rows], answers, reward(texts, answers).total, settings)
+    raw = reward.raw([last_user_text(prompts[row]) for row in rows], answers)
+    reward.fit_raw(raw).save(run / "scaling.json")
+    pairs = best_and_worst([prompts[row] for row in rows], answers, reward.combine(raw).total, settings)
     if not pairs:
         raise ValueError(
             f"no prompt has two answers whose rewards differ by min_margin={settings.min_margin}; "
