@@ -103,6 +103,8 @@ def halueval_qa(data: Path) -> Iterator[Pair]:
     for file in ("qa_one_turn_500", "qa_multi_turn_500"):
         for row in lines(data, "halueval", file):
             question = row["question"].strip()
+            if row["right_answer"].strip(" .").lower() in ("yes", "no"):
+                continue  # no claim without its question
             yield row["knowledge"], statement(question, row["right_answer"]), "supported"
             yield row["knowledge"], statement(question, row["hallucinated_answer"]), "other"
 

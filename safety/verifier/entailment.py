@@ -1,8 +1,9 @@
 """Does a passage support a claim? One interface, three tiers.
 
-- `Embedded`: a small head on overlap, embedding and rule features, trained here on the starter facts. It compares wording; it does
-  not read. What it cannot do is in docs/fact_check.md, and reports carry its `quality`, "embedded".
-- `HubEntailment`: FactCG, MiniCheck or any NLI model by hub id or local folder, `quality` "production".
+- `Embedded`: a small head on overlap and embedding features, trained here on the starter facts, says whether a passage covers a claim;
+  rules alone say that it contradicts it. It compares wording; it does not read. docs/fact_check.md says what it cannot do, and
+  reports carry its `quality`, "embedded".
+- `HubEntailment`: FactCG, MiniCheck or any NLI model by hub id or folder, `quality` "production".
 
 Scores are (n, 3): P(supported), P(not enough), P(refuted). A model with two outcomes says nothing about refutation: column 3 is 0.
 """
@@ -18,10 +19,9 @@ import numpy as np
 from safety.embedding import EMBEDDER_ID, load_embedder
 from safety.heads import SHIPPED, Head
 from safety.verifier.claims import sentence_spans
-from safety.verifier.vetoes import name_clashes, names, negation_clash, number_clashes, stems, unmatched_numbers
+from safety.verifier.vetoes import name_clashes, names, stems, unmatched_numbers, vetoes
 
-LABELS = ("supported", "not_enough", "refuted")
-FEATURES = f"{EMBEDDER_ID}:claim-passage-v1"
+FEATURES = f"{EMBEDDER_ID}:claim-passage-v2"
 NAMES = (
     "words of the claim in the passage",
     "in its best sentence",
@@ -29,10 +29,7 @@ NAMES = (
     "cosine with the passage",
     "cosine with its best sentence",
     "numbers missing",
-    "a number clashes",
     "names missing",
-    "a name clashes",
-    "negation clashes",
     "words of the claim in the passage, squared",
 )
 
@@ -49,7 +46,10 @@ class EntailmentModel(Protocol):
 
 
 class Embedded:
-    """The shipped head on the bundled embedder."""
+    """The shipped head on the bundled embedder. Where a number, date, name or negation clashes, what would be support is refutation.
+
+    The head is not asked about refutation: trained on near copies with one word changed, it takes every near copy for one.
+    """
 
     name, quality = "embedded", "embedded"
 
@@ -58,11 +58,15 @@ class Embedded:
         self.embed = embed or load_embedder().embed
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        return self.head.predict(features(pairs, self.embed)) if pairs else np.zeros((0, 3))
+        if not pairs:
+            return np.zeros((0, 3))
+        covers = self.head.predict(features(pairs, self.embed))
+        clash = np.array([bool(vetoes(c, p) or name_clashes(c, p)) for p, c in pairs])
+        return np.stack([np.where(clash, 0, covers), 1 - covers, np.where(clash, covers, 0)], axis=1)
 
 
 def features(pairs: Sequence[tuple[str, str]], embed: Callable[[Sequence[str]], np.ndarray]) -> np.ndarray:
-    """(n, 11) float32, see NAMES."""
+    """(n, 8) float32, see NAMES."""
     sentences = [[passage[a:b] for a, b in sentence_spans(passage)] or [passage] for passage, _ in pairs]
     texts = list(dict.fromkeys(text for (p, c), found in zip(pairs, sentences, strict=True) for text in (p, c, *found)))
     vector = dict(zip(texts, np.asarray(embed(texts)), strict=True))
@@ -80,10 +84,7 @@ def features(pairs: Sequence[tuple[str, str]], embed: Callable[[Sequence[str]], 
                 vector[claim] @ vector[passage],
                 max(vector[claim] @ vector[sentence] for sentence in found),
                 min(2, len(numbers)),
-                any(True for _ in number_clashes(claim, passage)),
                 min(2, sum(not set(stems(name)) & there for name in named)),
-                bool(name_clashes(claim, passage)),
-                any(True for _ in negation_clash(claim, passage)),
                 covered**2,
             ]
         )

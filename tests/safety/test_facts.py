@@ -314,6 +314,22 @@ def test_hub_tiers_on_tiny_random_models(tmp_path, style, labels):
         hub.score([("tea " * 100, "tea")])
 
 
+def test_signed_logistic_finds_the_free_optimum_where_it_obeys_the_signs():
+    from safety.heads import sigmoid
+    from safety.verifier.train_entailment import signed_logistic
+
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 3))
+    y = (rng.random(400) < sigmoid(x @ [2.0, -1.0, 0.0] + 0.5)).astype(int)
+    w, b = signed_logistic(x, y, np.array([1, -1, 1]))
+    assert w[0] > 1 and w[1] < -0.5 and w[2] >= 0
+    share = np.where(y == 1, 0.5 / y.sum(), 0.5 / (1 - y).sum())
+    gradient = x.T @ (share * (sigmoid(x @ w + b) - y)) + 1e-3 * w
+    assert np.abs(gradient[w != 0]).max() < 1e-6  # and nothing to gain for the others but on the wrong side
+    held, _ = signed_logistic(x, y, np.array([-1, 1, 1]))
+    assert held[0] == 0 and held[1] == 0
+
+
 def test_the_command_prints_verdicts_and_fails_on_a_refuted_claim(tmp_path, monkeypatch, capsys):
     from apps import cli
     from safety.verifier import entailment, knowledge

@@ -33,7 +33,7 @@ ENGINES = ["llguidance", "xgrammar"]
 def test_answers_of_a_random_model_are_valid(tiny, engine, kind):
     pytest.importorskip(engine)
     model, tokenizer = tiny
-    ends = [*stop_ids(model, tokenizer), 7]  # a second stop id
+    ends = [*stop_ids(model, tokenizer), tokenizer.bos_token_id]  # a second stop id
     processor = GrammarProcessor(GRAMMARS[kind], tokenizer, ends, model.config.vocab_size, engine)
     prompts = [tokenizer.encode(text) for text in ("Judge this.", "And this, which is longer than the first.", "x")]
     answers = generate(
