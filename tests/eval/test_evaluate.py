@@ -70,7 +70,6 @@ def test_the_gates_pass_a_sensible_model_and_fail_each_spoiled_one(spoiled_resul
 @pytest.mark.parametrize("spoiled", ["", "over_refusing", "harmful"])
 def test_exit_status_of_the_command(spoiled, tmp_path, monkeypatch):
     """As CI runs it: 0 for the model that is in order, 1 for one that is not."""
-    monkeypatch.setattr(sys.modules[__name__], "chosen", SPOILED.get(spoiled, sensible), raising=False)
     (tmp_path / "spoiled_model.py").write_text("answer = None\n")
     monkeypatch.syspath_prepend(tmp_path)
     import importlib
