@@ -13,7 +13,7 @@ COMMANDS = {
     "ppo": ("align.ppo", "PPO against the composite reward"),
     "dpo": ("align.dpo", "direct preference optimisation"),
     "eval": (
-        "apps.evaluate",
+        "apps.evaluation",
         "suites x targets: attacks, over-refusal, bias, truth, leaks, capability, with error bars",
     ),
     "calibrate": ("apps.calibrate", "measure a judge against people's labels, and store how often it errs"),

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from apps import calibrate as calibrate_app
-from apps.evaluate import evaluate, main
+from apps.evaluation import evaluate, main
 from eval.board import _for_script, diff, render, transcripts
 from eval.calibration import Calibration
 from eval.figures import figures, reliability
