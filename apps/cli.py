@@ -14,7 +14,7 @@ COMMANDS = {
     "sample-pairs": ("align.sample_pairs", "preference pairs from a model's own answers, ranked by the reward"),
     "dpo": ("align.dpo", "direct preference optimisation"),
     "eval": (
-        "apps.evaluate",
+        "apps.evaluation",
         "suites x targets: attacks, over-refusal, bias, truth, leaks, capability, with error bars",
     ),
     "calibrate": ("apps.calibrate", "measure a judge against people's labels, and store how often it errs"),

@@ -88,14 +88,15 @@ def run_suites(
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     failed: dict[str, Reply] = {}
     for target in targets:
-        chunks = [
+        asked = [task for task in tasks if target.gives_logp or not task.asks_choices]
+        chunks = [(task, chunk) for task in asked for chunk in _chunks(task)]
+        mine = [
             (task, chunk)
-            for task in tasks
-            if target.gives_logp or not task.asks_choices
-            for chunk in _chunks(task)
+            for task, chunk in chunks[
+                rank::processes
+            ]  # counted before what is known is left out: the same for every process
             if any(key not in store.replies for key in _keys(target, task, chunk, options))
         ]
-        mine = [chunk for nth, chunk in enumerate(chunks) if nth % processes == rank]
         bar = tqdm(total=sum(len(c) for _, c in mine), desc=target.name, unit="sample", disable=quiet or not mine)
         with bar:
             for task, chunk in mine:

@@ -61,6 +61,13 @@ class EndpointTarget:
         self.timeout_s, self.tries, self.parallel = timeout_s, tries, parallel
         self.fingerprint = digest("endpoint", self.url, model)
 
+    def check(self) -> None:
+        """Asks one short question; ValueError with the reason if no answer comes, before hundreds of them time out."""
+        prompts: list[Prompt] = [[{"role": "user", "content": "Hello"}]]
+        (reply,) = self.reply(prompts, max_new_tokens=8, temperature=0.0, seed=0)
+        if reply.error:
+            raise ValueError(f"target {self.name!r} does not answer: {reply.error}; start the server or mend the URL")
+
     def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
         def one(prompt: Prompt) -> Reply:
             body: dict[str, Any] = {

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from statsmodels.stats.inter_rater import cohens_kappa
 
@@ -62,9 +62,10 @@ def test_a_perfect_judge_changes_little_and_a_weak_one_is_refused():
 def test_refusing_everything_is_not_61_percent_success():
     """The page's example: Se .92, Sp .39, a model that refuses all."""
     found, _ = corrected(61, 100, judge(92, 8, 39, 61))
-    assert found.mean == 0 and found.low == 0 and 0 < found.high < 0.4
+    assert found.mean == 0 and found.low == 0 and 0 < found.high < 0.5
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 40), min_size=4, max_size=4).filter(lambda c: sum(c) > 0))
 def test_kappa_equals_statsmodels(counts):
     table = np.array(counts).reshape(2, 2)

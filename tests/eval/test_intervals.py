@@ -8,6 +8,10 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
 
 from eval.intervals import (
     auc,
@@ -134,7 +138,7 @@ def test_values_must_be_finite_and_flat(values):
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 def test_mcnemar_is_a_binomial_test_on_changed_pairs(pairs):
     before, after = zip(*pairs, strict=True)
     gone, new = sum(b and not a for b, a in pairs), sum(a and not b for b, a in pairs)
@@ -199,21 +203,19 @@ def test_auc_counts_pairs(rows):
 # ---- against statsmodels and SciPy to 1e-9 --------------------------------------------------------------------------
 
 
+@settings(deadline=None, max_examples=30)
 @given(
     st.integers(1, 500).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.9, 0.95, 0.99])
 )
 def test_wilson_equals_statsmodels(counts, level):
-    from statsmodels.stats.proportion import proportion_confint
-
     low, high = proportion_confint(*counts, alpha=1 - level, method="wilson")
     found = wilson(*counts, level)
     assert (found.low, found.high) == pytest.approx((low, high), abs=1e-9)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60))
 def test_mcnemar_equals_statsmodels(pairs):
-    from statsmodels.stats.contingency_tables import mcnemar
-
     before, after = zip(*pairs, strict=True)
     table = [[sum(p == (a, b) for p in pairs) for b in (True, False)] for a in (True, False)]
     if table[0][1] + table[1][0] == 0:  # nothing changed: statsmodels has no p
@@ -231,10 +233,9 @@ def test_bootstrap_equals_scipy_draw_for_draw():
     assert (found.low, found.high) == pytest.approx((want.low, want.high), abs=1e-9)
 
 
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
 def test_holm_equals_statsmodels(p_values):
-    from statsmodels.stats.multitest import multipletests
-
     assert holm(p_values) == pytest.approx(multipletests(p_values, method="holm")[1].tolist(), abs=1e-9)
 
 
@@ -245,9 +246,6 @@ def test_unscored_band_by_hand():
 
 
 def test_prompts_needed_agrees_with_statsmodels_and_with_simulation():
-    from statsmodels.stats.power import NormalIndPower
-    from statsmodels.stats.proportion import proportion_effectsize
-
     want = NormalIndPower().solve_power(proportion_effectsize(0.35, 0.30), power=0.8, alpha=0.05)
     assert prompts_needed(0.30, 0.05, paired=False) == pytest.approx(want, rel=1e-3)
     n = prompts_needed(0.30, 0.10, agreement=0.7)

@@ -194,6 +194,8 @@ def test_endpoint_answers_times_out_breaks_and_is_down():
     assert all(why in reply.error for why, reply in zip(reasons, replies, strict=True))
     (down,) = target.reply(prompts[:1], max_new_tokens=4, temperature=0, seed=0)
     assert "cannot be reached" in down.error
+    with pytest.raises(ValueError, match="does not answer: .*cannot be reached.*start the server"):
+        target.check()
 
 
 # ---- targets that work ----------------------------------------------------------------------------------------------

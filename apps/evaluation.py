@@ -23,7 +23,7 @@ from eval.gates import check_gates, read_gates, read_results
 from eval.runner import ReplyStore, grade_all, run_suites
 from eval.suites import SUITES, load_suites
 from eval.suites.public import LOADERS
-from eval.targets import Target, open_target
+from eval.targets import EndpointTarget, Target, open_target
 
 
 def evaluate(
@@ -59,6 +59,9 @@ def evaluate(
     names = [target.name for target in opened]
     if not opened or len(set(names)) < len(names):
         raise ValueError(f"targets {names}: needs at least one, each under a name of its own (name=spec)")
+    for target in opened:
+        if isinstance(target, EndpointTarget):
+            target.check()
     store = ReplyStore(Path(cache) if cache else Path(out) / "cache", rank=state.process_index)
     if judge is not None:
         asking = open_target(judge, **options) if isinstance(judge, str) else judge
