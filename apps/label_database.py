@@ -33,7 +33,7 @@ CREATE TABLE account (
   active INTEGER NOT NULL DEFAULT 1, paused INTEGER NOT NULL DEFAULT 0, token_version INTEGER NOT NULL DEFAULT 0,
   created_at {real} NOT NULL) {strict};
 CREATE TABLE item (
-  id {id}, kind TEXT NOT NULL CHECK (kind IN ('pair', 'ranking')), prompt_json TEXT NOT NULL,
+  id {id}, kind TEXT NOT NULL CHECK (kind IN ('single', 'pair', 'ranking')), prompt_json TEXT NOT NULL,
   prompt_hash TEXT NOT NULL, content_hash TEXT NOT NULL UNIQUE, source TEXT NOT NULL, warning TEXT NOT NULL DEFAULT '',
   is_gold INTEGER NOT NULL DEFAULT 0, gold_json TEXT, is_control INTEGER NOT NULL DEFAULT 0,
   target_labels INTEGER NOT NULL, n_done INTEGER NOT NULL DEFAULT 0, priority {real} NOT NULL DEFAULT 0,
@@ -56,7 +56,7 @@ CREATE INDEX assignment_own ON assignment (account_id, state, closed_at);
 CREATE TABLE judgement (
   id {id}, assignment_id INTEGER NOT NULL REFERENCES assignment (id), revision INTEGER NOT NULL,
   is_current INTEGER NOT NULL, request_id TEXT NOT NULL UNIQUE, outcome TEXT NOT NULL
-  CHECK (outcome IN ('prefer', 'tie', 'both_bad', 'rank', 'skip', 'flag')), winner_id INTEGER, strength INTEGER,
+  CHECK (outcome IN ('prefer', 'tie', 'both_bad', 'rank', 'good', 'bad', 'skip', 'flag')), winner_id INTEGER, strength INTEGER,
   answer_json TEXT NOT NULL, gold_pass INTEGER, late INTEGER NOT NULL, elapsed_ms INTEGER NOT NULL,
   active_ms INTEGER NOT NULL, guideline_version INTEGER NOT NULL, event_seq INTEGER NOT NULL,
   created_at {real} NOT NULL, UNIQUE (assignment_id, revision)) {strict};
