@@ -12,6 +12,12 @@ COMMANDS = {
     "reward-model": ("align.reward_model", "train a reward model on preference pairs"),
     "ppo": ("align.ppo", "PPO against the composite reward"),
     "dpo": ("align.dpo", "direct preference optimisation"),
+    "label": ("apps.label", "the preference-labelling app: serve, accounts, import, export, backup"),
+    "label-loop": (
+        "apps.label_loop",
+        "new labels into a new reward model, compared with the old one; re-orders the queue",
+    ),
+    "models": ("apps.model_registry", "versions of trained models: list, promote, roll back"),
     "report": ("apps.report", "render report.html of a run folder"),
     "train-heads": ("safety.train_heads", "train the classifier heads that ship in safety/heads"),
     "doctor": ("apps.doctor", "print versions, devices, threads, and which extras and weights are there"),

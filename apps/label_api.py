@@ -5,7 +5,6 @@ session and a role before it reads its input, and the store checks that an assig
 """
 
 import json
-import secrets
 from collections.abc import Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -300,6 +299,13 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
         """Agreement, bias, annotators and models, each with its interval."""
         return label_statistics(store)
 
+    @app.get("/api/statistics.png", tags=["review"])
+    def statistics_plots(account: Reviewer) -> Response:
+        """The main estimates with their intervals as one picture."""
+        from apps.label_plots import statistics_png
+
+        return Response(statistics_png(label_statistics(store)), media_type="image/png")
+
     @app.get("/api/events", tags=["review"])
     def events(account: Reviewer, after: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0) -> list[dict[str, Any]]:
         """The audit trail after a sequence number, 1,000 rows at most."""
@@ -382,8 +388,3 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
         return FileResponse(STATIC / name)
 
     return app
-
-
-def new_password() -> str:
-    """A password that can be read out."""
-    return "-".join(secrets.token_hex(2) for _ in range(4))

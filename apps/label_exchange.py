@@ -333,4 +333,3 @@ def data_card(
     ]
     lines += ["", f"## Guidelines (version {version})", "", guidelines or "None were written.", ""]
     return "\n".join(lines)
-
