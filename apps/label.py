@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--host", default="127.0.0.1", help="address to listen on")
     top.add_argument("--port", type=int, default=7861)
+    top.add_argument("--no-pages", action="store_true", help="serve the REST API only")
     top.add_argument("--https", action="store_true", help="people reach it over https: mark the cookie as secure")
     top.add_argument(
         "--arena", action="append", default=[], metavar="NAME=SOURCE", help="a policy of the arena; twice or more"
@@ -110,7 +111,10 @@ def _serve(store: LabelStore, args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from apps.label_app import make_label_app
+        if args.no_pages:
+            from apps.label_api import make_api as make_app
+        else:
+            from apps.label_app import make_label_app as make_app
     except ImportError as error:
         raise ValueError(f"{error.name} is missing; pip install 'plumbline-rlhf[ui]'") from None
     from apps.label_arena import Arena, policy_of
@@ -128,7 +132,7 @@ def _serve(store: LabelStore, args: argparse.Namespace) -> int:
         option = "" if args.db == "labels.db" else f" --db {args.db}"
         print(f"No admin yet. In another terminal: plumbline label{option} user add NAME --role admin")
     print(f"Labels: http://{args.host}:{args.port}/", flush=True)
-    app = make_label_app(store, arena, secure_cookie=args.https)
+    app = make_app(store, arena, secure_cookie=args.https)
     # One process: gradio keeps its queue in memory. Open event streams would otherwise hold up a shutdown for ever.
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3, workers=1)
     return 0
