@@ -33,6 +33,7 @@ HEAD = (
 CSS = """
 .gradio-container { max-width: 1180px !important; margin: 0 auto; }
 footer { display: none !important; }
+.dark button[role=tab].selected { color: #8ab0ff !important; }
 """
 
 
