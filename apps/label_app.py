@@ -49,7 +49,7 @@ def make_pages(store: LabelStore) -> gr.Blocks:
         return store.guidelines()[1] or "No guidelines were written yet."
 
     with gr.Blocks(title="Plumbline labels", analytics_enabled=False) as pages:
-        gr.HTML("<plumbline-account></plumbline-account>", padding=False)
+        gr.HTML("<plumbline-account></plumbline-account>", padding=False, apply_default_css=False)
         tabs = []
         with gr.Tabs():
             for title, (element, role) in TABS.items():
@@ -57,7 +57,7 @@ def make_pages(store: LabelStore) -> gr.Blocks:
                     if title == "Guidelines":
                         text = gr.Markdown(read_guidelines())
                         tab.select(read_guidelines, None, text, api_visibility="private", show_progress="hidden")
-                    gr.HTML(f"<plumbline-{element}></plumbline-{element}>", padding=False)
+                    gr.HTML(f"<plumbline-{element}></plumbline-{element}>", padding=False, apply_default_css=False)
                 tabs.append(tab)
         pages.load(visible, None, tabs, api_visibility="private", show_progress="hidden", concurrency_limit=None)
     return pages

@@ -317,7 +317,8 @@ export class TaskView {
     const target = event.target;
     if (event.repeat || event.isComposing || event.ctrlKey || event.altKey || event.metaKey || this.root.offsetParent === null) return;
     if (preferences.get("keys", "1") !== "1" || this.options.busy?.()) return;
-    if (target.closest?.("input, textarea, select, [contenteditable], [role=tab]")) return;
+    if (target.closest?.("input, textarea, select, [contenteditable]")) return;
+    if (target.closest?.("[role=tab]") && /^(Arrow|Enter)/.test(event.key)) return; // these move between tabs
     const pressed = target.closest?.("button, a, summary");
     if (event.key === "Enter" && pressed && !(pressed.classList.contains("pl-choice") && pressed.getAttribute("aria-pressed") === "true")) return;
     const number = Number(event.key) - 1, strengths = "qwer".indexOf(event.key);
