@@ -5,7 +5,7 @@ alike, one annotator) the estimate is NaN rather than 0 or 1.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,8 +177,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class Strengths:
-    """Fitted model. strength: log-odds against the mean of all models (sum 0); position: log-odds that left gains by
-    being left; tie: log of the tie parameter, -inf-like large negative when there are no ties. `reward_gap` is P(win)."""
+    """A fitted model, each number with its interval.
+
+    strength: log-odds against the mean of all models (they sum to 0). position: log-odds gained by being shown on the left.
+    tie: log of the tie parameter; NaN where no vote was a tie.
+    """
 
     strength: dict[str, Interval]
     position: Interval
@@ -277,14 +280,3 @@ def win_probability(strengths: Strengths, a: str, b: str) -> float:
     """Probability that `a` is preferred to `b` when both sides are as likely and ties are left out."""
     gap = strengths.strength[a].mean - strengths.strength[b].mean
     return 1 / (1 + math.exp(-gap))
-
-
-def bootstrap(values: Array, statistic: Callable[[Array], float], *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """A statistic of rows with its 95% percentile bootstrap interval; NaN ends for fewer than two rows."""
-    point = statistic(values)
-    if len(values) < 2:
-        return Interval(point, MISSING, MISSING)
-    rng = np.random.default_rng(seed)
-    drawn = [statistic(values[rng.integers(len(values), size=len(values))]) for _ in range(resamples)]
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Interval(point, float(low), float(high))
