@@ -19,6 +19,12 @@ COMMANDS = {
     ),
     "calibrate": ("apps.calibrate", "measure a judge against people's labels, and store how often it errs"),
     "redteam": ("apps.redteam", "search for prompts that get past a target, within a budget"),
+    "label": ("apps.label", "the preference-labelling app: serve, accounts, import, export, backup"),
+    "label-loop": (
+        "apps.label_loop",
+        "new labels into a new reward model, compared with the old one; re-orders the queue",
+    ),
+    "models": ("apps.model_registry", "versions of trained models: list, promote, roll back"),
     "report": ("apps.report", "render report.html of a run folder"),
     "train-heads": ("safety.train_heads", "train the classifier heads that ship in safety/heads"),
     "verify": ("apps.verify", "check an answer against documents: verdicts with citations"),
