@@ -17,12 +17,18 @@ from policy_models.chat import Messages
 
 @dataclass(frozen=True, kw_only=True)
 class PreferencePair:
-    """Two answers to one prompt, `chosen` preferred; `margin` >= 0 says how clearly (0: not said)."""
+    """Two answers to one prompt, `chosen` preferred; `margin` >= 0 says how clearly (0: not said).
+
+    p_chosen  share of people who preferred `chosen`, in [0.5, 1]; 0.5 is a tie
+    harm      whether people called (chosen, rejected) harmful; None: not said
+    """
 
     prompt: Messages
     chosen: Messages
     rejected: Messages
     margin: float = 0.0
+    p_chosen: float = 1.0
+    harm: tuple[bool | None, bool | None] = (None, None)
     source: str = ""
     annotator: str = ""
     time: str = ""
