@@ -200,7 +200,9 @@ class PairTrainer(RewardTrainer):
             scores_B2 = inner.score(last_B2D)[..., 0].float()
         return scores_B2[:, 0], scores_B2[:, 1]
 
-    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         mode = "train" if self.model.training else "eval"
         chosen_B, rejected_B = self.scores(model, inputs)
         loss = preference_loss(

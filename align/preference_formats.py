@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from align.preferences import PreferencePair
+from align.preferences import PreferencePair, read_preferences
 from policy_models.chat import Messages
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
@@ -78,7 +78,8 @@ def parse_row(place: str, row: Row, source: str, left_out: Counter[str]) -> Pref
         return None
     if prompt is None:
         first, second = _conversation(place, first), _conversation(place, second)
-        shared = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+        both = enumerate(zip(first, second, strict=False))
+        shared = next((i for i, (a, b) in both if a != b), min(len(first), len(second)))
         # the answers are what comes after the last shared user turn
         while shared and first[shared - 1]["role"] != "user":
             shared -= 1
@@ -156,9 +157,10 @@ def _pandalm(row: Row) -> Verdict:
 
 
 def _tulu(row: Row) -> Verdict:
-    scale = {"a-is-better": 1.0, "a-is-slightly-better": 1.0, "tie": 0.5, "b-is-slightly-better": 0.0, "b-is-better": 0.0}
-    verdict = scale.get(str(row["preference"]).lower().replace(" ", "-"))
-    return row["prompt"], row["completion_a"], row["completion_b"], [] if verdict is None else [verdict]
+    first, second = ("a-is-better", "a-is-slightly-better"), ("b-is-better", "b-is-slightly-better")
+    said = row["preference"]
+    votes = [1.0] if said in first else [0.0] if said in second else _vote(said, None, None, "tie")
+    return row["prompt"], row["completion_a"], row["completion_b"], votes
 
 
 FORMATS: list[tuple[set[str], Callable[[Row], Verdict]]] = [
@@ -187,6 +189,31 @@ def _harm(row: Row) -> tuple[bool | None, bool | None]:
     if {"is_response_0_safe", "is_response_1_safe"} <= row.keys():
         return not row["is_response_0_safe"], not row["is_response_1_safe"]
     return row.get("chosen_harmful"), row.get("rejected_harmful")
+
+
+def read_training_pairs(source: str | Path) -> list[PreferencePair]:
+    """Pairs to train on. A JSON Lines file in our own form is read strictly, a bad row is an error; any other source as
+    `read_pairs` does, which prints what it left out.
+    """
+    path = Path(source)
+    if path.name.endswith(".jsonl") and path.is_file() and not _published(path):
+        return read_preferences(path)
+    pairs, report = read_pairs(source)
+    print(f"{source}: {report}")
+    return pairs
+
+
+def _published(path: Path) -> bool:
+    """Whether the first row is in a known form that is not our own: no prompt, or other names."""
+    with path.open("rb") as lines:
+        first = next((line for line in lines if line.strip()), b"{}")
+    try:
+        row = json.loads(first)
+    except ValueError:
+        return False
+    if not isinstance(row, dict) or {"prompt", "chosen", "rejected"} <= row.keys():
+        return False
+    return any(fields <= row.keys() for fields, _ in FORMATS)
 
 
 def cost_pairs(pairs: list[PreferencePair]) -> list[PreferencePair]:
@@ -226,6 +253,8 @@ def _conversation(place: str, value: Any) -> Messages:
 
 def _messages(place: str, value: Any, role: str) -> Messages:
     """Messages of a text, of role/content or of from/value dictionaries."""
+    if isinstance(value, bool | int | float):  # an answer such as True or 42, which a csv reader took for a value
+        value = str(value)
     if isinstance(value, str):
         if role == "user" and TURN.match(value):
             return [m for m in _conversation(place, value) if m["content"]]

@@ -101,7 +101,9 @@ def main() -> None:
     for name, spent in seconds.items():
         print(f"{name:12} {rates[name]:8.0f} tokens/s  epochs {[round(s, 2) for s in spent]}  {shape}")
     append(seconds, tokens, shape)
-    result |= {f"{name}_tokens_per_s": rates[name] for name in rates} | {"ratio_vs_trl": rates["plumbline"] / rates["trl"]}
+    result |= {f"{name}_tokens_per_s": rates[name] for name in rates} | {
+        "ratio_vs_trl": rates["plumbline"] / rates["trl"]
+    }
     if "trl_grouped" in rates:
         result["ratio_vs_trl_grouped"] = rates["plumbline"] / rates["trl_grouped"]
     print(json.dumps({name: round(value, 4) for name, value in result.items()}))
@@ -119,7 +121,11 @@ def make(name: str, args: argparse.Namespace, data: Dataset, tokenizer: Any, fol
     config = RewardConfig(
         output_dir=f"{folder}/{name}",
         **trainer_defaults()
-        | {"per_device_train_batch_size": args.batch_size, "num_train_epochs": 1, "remove_unused_columns": not name == "trl_grouped"}
+        | {
+            "per_device_train_batch_size": args.batch_size,
+            "num_train_epochs": 1,
+            "remove_unused_columns": not name == "trl_grouped",
+        }
         | options,
     )
     return (PairTrainer if ours else RewardTrainer)(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eval.intervals import Interval, wilson
+from eval.intervals import wilson
 
 Array = NDArray[Any]
 ECE_BINS = 5  # of the confidence, from 0.5 to 1: the mirror image of ten bins from 0 to 1
@@ -156,13 +156,13 @@ def pair_report(
     """
     margin_N = _finite(margin)
     report: dict[str, Any] = {
-        "accuracy": accuracy(margin_N)._asdict(),
-        "length_controlled": length_controlled_accuracy(margin_N, extra_length)._asdict(),
-        "by_subset": {name: share._asdict() for name, share in by_subset(margin_N, subsets).items()},
+        "accuracy": _plain(accuracy(margin_N)),
+        "length_controlled": _plain(length_controlled_accuracy(margin_N, extra_length)),
+        "by_subset": {name: _plain(share) for name, share in by_subset(margin_N, subsets).items()},
         "margins": margin_histogram(margin_N),
     }
     if agreement is not None and any(agreement):
-        report["by_agreement"] = {k: v._asdict() for k, v in by_subset(margin_N, agreement).items()}
+        report["by_agreement"] = {k: _plain(v) for k, v in by_subset(margin_N, agreement).items()}
     try:
         confidence_N, temperature_N = scaled_confidence(margin_N, groups)
     except ValueError as error:
@@ -203,14 +203,22 @@ def _runs(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + 3]) for i in range(len(words) - 2)} or {tuple(words)}
 
 
+def _plain(share: Accuracy) -> dict[str, float | None]:
+    return {name: None if math.isnan(value) else value for name, value in share._asdict().items()}
+
+
 def _finite(margin: ArrayLike) -> Array:
     margin_N = np.asarray(margin, dtype=float)
     if margin_N.ndim != 1 or not np.isfinite(margin_N).all():
-        raise ValueError(f"margins of shape {margin_N.shape} must be a list of finite numbers: leave unscored pairs out")
+        raise ValueError(
+            f"margins of shape {margin_N.shape} must be a list of finite numbers: leave unscored pairs out"
+        )
     return margin_N
 
 
-def as_percent(share: Accuracy | Interval | dict[str, float]) -> str:
-    """`63.2 [60.1, 66.2]`."""
-    mean, low, high = (share[k] for k in ("mean", "low", "high")) if isinstance(share, dict) else share[:3]
+def as_percent(share: dict[str, float | None]) -> str:
+    """`63.2 [60.1, 66.2]`, or `-` for what could not be measured."""
+    mean, low, high = (share[k] for k in ("mean", "low", "high"))
+    if mean is None or low is None or high is None:
+        return "-"
     return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

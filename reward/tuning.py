@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 
 
-def fit_logistic(differences: Array, *, l2: float, signs: Sequence[int] | None = None, weight: Array | None = None) -> Array:
+def fit_logistic(
+    differences: Array, *, l2: float, signs: Sequence[int] | None = None, weight: Array | None = None
+) -> Array:
     """(F,) weights for (N, F) differences of chosen less rejected, by Newton's method.
 
     signs: +1 keeps a weight >= 0, -1 keeps it <= 0, 0 leaves it free. A weight that would cross stays at 0 (active set:
@@ -74,7 +76,9 @@ def tune_weights(
     return {name: float(w) for name, w in zip(names, w_F * len(names) / total, strict=True)}
 
 
-def embedding_features(embed: Callable[[Sequence[str]], Array], prompts: Sequence[str], answers: Sequence[str]) -> Array:
+def embedding_features(
+    embed: Callable[[Sequence[str]], Array], prompts: Sequence[str], answers: Sequence[str]
+) -> Array:
     """(N, 2 D): the answer, and prompt times answer by element."""
     answer_ND, prompt_ND = embed(answers), embed(prompts)
     return np.concatenate([answer_ND, prompt_ND * answer_ND * np.sqrt(answer_ND.shape[1])], axis=1)

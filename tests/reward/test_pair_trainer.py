@@ -72,7 +72,9 @@ def test_a_tie_pulls_scores_together_and_smoothing_leaves_it_a_tie():
 
 
 def test_harm_sign_loss_counts_labelled_answers_only():
-    loss = harm_sign_loss(torch.tensor([2.0, 9.0]), torch.tensor([-1.0, 9.0]), torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0]))
+    loss = harm_sign_loss(
+        torch.tensor([2.0, 9.0]), torch.tensor([-1.0, 9.0]), torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 0.0])
+    )
     want = (math.log1p(math.exp(-2.0)) + math.log1p(math.exp(-1.0))) / 2
     assert loss.item() == pytest.approx(want, abs=1e-6)
     assert harm_sign_loss(torch.ones(1), torch.ones(1), torch.zeros(1), torch.zeros(1)).item() == 0.0
@@ -116,8 +118,12 @@ def test_soft_labels_and_smoothing_reach_the_loss(tmp_path):
     soft = trainer(tmp_path, data=rows(p_chosen=[0.0] * 4))
     batches = [next(iter(run.get_train_dataloader())) for run in (plain, soft)]
     chosen, rejected = plain.scores(plain.model, batches[0])
-    assert plain.compute_loss(plain.model, batches[0]).item() == pytest.approx(preference_loss(chosen, rejected).item(), rel=1e-5)
-    assert soft.compute_loss(soft.model, batches[1]).item() == pytest.approx(preference_loss(rejected, chosen).item(), rel=1e-5)
+    assert plain.compute_loss(plain.model, batches[0]).item() == pytest.approx(
+        preference_loss(chosen, rejected).item(), rel=1e-5
+    )
+    assert soft.compute_loss(soft.model, batches[1]).item() == pytest.approx(
+        preference_loss(rejected, chosen).item(), rel=1e-5
+    )
     smoothed = trainer(tmp_path, label_smoothing=0.2)
     batch = next(iter(smoothed.get_train_dataloader()))
     want = preference_loss(*smoothed.scores(smoothed.model, batch), label_smoothing=0.2)
