@@ -37,7 +37,7 @@ def server():
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     httpd.requests, httpd.replies, httpd.release = [], [], threading.Event()
     httpd.url = f"http://127.0.0.1:{httpd.server_port}/score"
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
     yield httpd
     httpd.release.set()
     httpd.shutdown()
