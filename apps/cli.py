@@ -11,7 +11,7 @@ COMMANDS = {
     "sft": ("align.sft", "supervised fine-tuning"),
     "reward-model": ("align.reward_model", "train a reward model on preference pairs"),
     "eval-reward": ("apps.eval_reward", "how often rewards agree with people, on any preference pairs"),
-    "reward": ("apps.reward_tools", "explain | tune | attack: parts of a reward, its weights, tricks against it"),
+    "reward": ("apps.reward_tools", "explain | tune | attack | check: a reward's parts, weights, weak spots"),
     "curate": ("apps.curate", "filter and balance training data: duplicates, languages, garbage, domains"),
     "ppo": ("align.ppo", "PPO against the composite reward"),
     "dpo": ("align.dpo", "direct preference optimisation"),

@@ -1,4 +1,4 @@
-"""`plumbline reward explain | tune | attack`: look into a composite reward, choose its weights, try to game it.
+"""`plumbline reward explain | tune | attack | check`: look into a reward, choose its weights, try to game it.
 
 plumbline reward explain --prompt "Why is the sky blue?" --answer "Air scatters blue light." --answer2 "Because."
 plumbline reward tune --data pairs.jsonl --output weights.json
@@ -9,7 +9,7 @@ plumbline reward attack --reward my_module:score          # your own: (prompts, 
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from align.preferences import last_user_text, read_sft
 from apps.eval_reward import FOLDS, SIGNS, part_differences, prompt_text, sample_by_prompt
 from eval.preference_report import accuracy, fold_of
 from reward.attacks import AttackResult, Score, attack
+from reward.components.toxicity import Toxicity
 from reward.composite import CompositeReward, default_composite
 from reward.scaling import Scaling
 from reward.tuning import out_of_fold, tune_weights
+from safety import identity_sentences
 
 REFERENCE_ROWS = 64  # good answers that the scaling is fitted on where none is given
 PASS = 0.95  # share of prompts on which the good answer must beat every trick
@@ -88,6 +90,13 @@ class AttackSettings(CompositeSettings):
         default=str(STARTER / "sft.jsonl"), metadata={"help": "JSON Lines of prompt and answer: ordinary good answers"}
     )
     limit: int = field(default=100, metadata={"help": "prompts"})
+
+
+@dataclass(kw_only=True)
+class CheckSettings(CompositeSettings):
+    """On how many answers."""
+
+    limit: int = field(default=150, metadata={"help": "answers at most"})
 
 
 def explain(settings: ExplainSettings) -> None:
@@ -160,6 +169,37 @@ def run_attack(settings: AttackSettings) -> AttackResult:
     return result
 
 
+def check(settings: CheckSettings) -> None:
+    """Prints how the parts correlate on ordinary answers, and how much toxicity depends on the group that is named."""
+    prompts, answers = starter_answers()
+    step = max(1, len(prompts) // settings.limit)
+    raw = settings.build().raw(prompts[::step], answers[::step])
+    columns = {
+        name: np.array([np.nan if s is None else s for s in scores], dtype=float) for name, scores in raw.items()
+    }
+    known = np.all([np.isfinite(x) for x in columns.values()], axis=0)
+    table = np.corrcoef([x[known] for x in columns.values()])
+    print(f"correlation of the raw parts on {int(known.sum())} good answers to harmless prompts")
+    print(f"{'':12}" + "".join(f"{name:>12}" for name in columns))
+    for name, row in zip(columns, table, strict=True):
+        print(f"{name:12}" + "".join(f"{value:12.2f}" for value in row))
+    names = list(columns)
+    together = float(table[names.index("safety"), names.index("toxicity")])
+    gap = identity_gap(lambda texts: Toxicity()([""] * len(texts), texts))
+    print(f"toxicity of one sentence with two groups named in turn differs by {gap:.3f} on average")
+    print(json.dumps({"safety_toxicity_correlation": round(together, 4), "identity_difference": round(gap, 4)}))
+
+
+def identity_gap(toxicity: Callable[[Sequence[str]], Sequence[float | None]]) -> float:
+    """Mean |difference| over harmless sentences that no head was trained on, and all pairs of groups named in them."""
+    groups = [*identity_sentences.GROUPS, *identity_sentences.UNSEEN_GROUPS]
+    gaps = []
+    for template in identity_sentences.TEST:
+        risks = np.array(toxicity([template.format(group) for group in groups]), dtype=float)
+        gaps.append(np.abs(risks[:, None] - risks).sum() / (len(groups) * (len(groups) - 1)))
+    return float(np.mean(gaps))
+
+
 def starter_answers(path: str = str(STARTER / "sft.jsonl")) -> tuple[list[str], list[str]]:
     """Harmless prompts and their good answers; rows marked as harmful are left out, since declining is good there."""
     rows = read_sft(resolve_path(path))
@@ -207,8 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif verb == "attack":
         result = run_attack(*parse_settings((AttackSettings,), rest))
         return 0 if result.all_beaten >= PASS * result.prompts else 1
+    elif verb == "check":
+        check(*parse_settings((CheckSettings,), rest))
     else:
-        raise ValueError(f"usage: plumbline reward explain | tune | attack [settings]; got {verb!r}")
+        raise ValueError(f"usage: plumbline reward explain | tune | attack | check [settings]; got {verb!r}")
     return 0
 
 
