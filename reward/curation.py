@@ -1,0 +1,306 @@
+"""Quality filtering of training texts, levels 1 and 2: which rows to drop, and why. Nothing is dropped without a reason.
+
+Level 1, rules: empty and overlong rows, garbage, other languages, personal data, exact and near duplicates (MinHash, Broder
+1997). Level 2, embeddings: rows that say the same in other words, found among the neighbours in k-means clusters (SemDeDup,
+Abbas et al. 2023, arXiv:2303.09540), and outliers. Of duplicates the first row stays. Level 3 is reward/mixing.py.
+
+Time and memory grow linearly with the rows, up to the clusters' sizes, which are bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHINGLE = 3  # words
+PERMUTATIONS = 64
+CLUSTER_SIZE = 200  # rows that a cluster has on average
+EMBED_CHARS = 400  # of the prompt and of the answer: what a text is about stands at its start
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A prompt and its answer; `place` names the row for people."""
+
+    prompt: str
+    answer: str
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Why a row goes: level and rule, a detail, and for duplicates the row that stays."""
+
+    rule: str
+    detail: str = ""
+    kept_row: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurationRules:
+    """What is dropped.
+
+    languages        ISO codes that stay; empty: any
+    max_chars        of prompt and answer together
+    near_duplicate   Jaccard index of 3-word shingles from which two rows are one
+    paraphrase       (cosine of prompts, cosine of answers), both at least
+    outlier          share of rows, those farthest from the centre of their cluster
+    drop_personal    e-mail addresses, card numbers, US social security numbers: drop, or only count
+    """
+
+    languages: tuple[str, ...] = ("en",)
+    max_chars: int = 20_000
+    near_duplicate: float = 0.7
+    paraphrase: tuple[float, float] = (0.85, 0.80)
+    outlier: float = 0.0
+    drop_personal: bool = False
+
+    def __post_init__(self) -> None:
+        shares = (self.near_duplicate, *self.paraphrase)
+        if not all(0 < share <= 1 for share in shares) or not 0 <= self.outlier < 0.5:
+            raise ValueError(
+                f"near_duplicate, paraphrase={shares} must be in (0, 1], outlier={self.outlier} in [0, 0.5)"
+            )
+        if self.max_chars < 1:
+            raise ValueError(f"max_chars={self.max_chars} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curated:
+    """drops[i] says why row i goes, None: it stays. `cluster` is -1 for rows that went before they were embedded."""
+
+    drops: list[Drop | None]
+    cluster: NDArray[Any]
+    personal: list[int]
+
+    def kept(self) -> list[int]:
+        return [row for row, drop in enumerate(self.drops) if drop is None]
+
+
+def curate(
+    rows: Sequence[Row],
+    rules: CurationRules,
+    *,
+    embed: Callable[[Sequence[str]], NDArray[Any]] | None = None,
+    seed: int = 0,
+) -> Curated:
+    """Levels 1 and 2. embed: texts -> (B, D) rows of length 1; None leaves level 2 out."""
+    drops: list[Drop | None] = [None] * len(rows)
+    for number, row in enumerate(rows):
+        drops[number] = _length(row, rules) or _garbage(row)
+    if rules.languages:
+        language = _language_of()
+        for number, row in enumerate(rows):
+            drops[number] = drops[number] or _foreign(row, rules.languages, language)
+    personal = [number for number, row in enumerate(rows) if PERSONAL.search(f"{row.prompt}\n{row.answer}")]
+    if rules.drop_personal:
+        for number in personal:
+            drops[number] = drops[number] or Drop("personal data")
+    _apply(drops, exact_duplicates(rows, _staying(drops)))
+    _apply(drops, near_duplicates(rows, _staying(drops), rules.near_duplicate))
+    cluster_N = np.full(len(rows), -1)
+    staying = _staying(drops)
+    if embed is not None and len(staying) > 1:
+        prompt_ND = embed([rows[n].prompt[:EMBED_CHARS] for n in staying]).astype(np.float16)
+        answer_ND = embed([rows[n].answer[:EMBED_CHARS] for n in staying]).astype(np.float16)
+        label_N, distance_N = clusters(prompt_ND, seed=seed)
+        cluster_N[staying] = label_N
+        found = paraphrases(prompt_ND, answer_ND, label_N, rules.paraphrase)
+        _apply(drops, ((staying[a], staying[b], "paraphrase", f"cosines {c:.2f}, {d:.2f}") for a, b, c, d in found))
+        for at in np.argsort(-distance_N)[: int(rules.outlier * len(staying))]:
+            drops[staying[at]] = drops[staying[at]] or Drop(
+                "outlier", f"distance {distance_N[at]:.2f} from its cluster"
+            )
+    return Curated(drops=drops, cluster=cluster_N, personal=personal)
+
+
+# ---- level 1: one row at a time -------------------------------------------------------------------------------------
+
+PERSONAL = re.compile(
+    r"\b[\w.+-]+@(?!example\.)[\w-]+\.[a-z]{2,}\b|\b(?:\d{4}[ -]){3}\d{4}\b|\b\d{3}-\d{2}-\d{4}\b", re.IGNORECASE
+)
+_VOWELS = set("aeiouyäöüáéíóúàèìòùâêîôûåøæœãõ")
+
+
+def _length(row: Row, rules: CurationRules) -> Drop | None:
+    for name, text in (("prompt", row.prompt), ("answer", row.answer)):
+        if re.search(r"\w", text) is None:
+            return Drop("empty", f"the {name} has no letter or digit")
+    chars = len(row.prompt) + len(row.answer)
+    return Drop("too long", f"{chars} characters") if chars > rules.max_chars else None
+
+
+def _garbage(row: Row) -> Drop | None:
+    """Either text is hardly text. A short answer ("42", "A) Paris") is never garbage; code has words and passes."""
+    for name, text in (("prompt", row.prompt), ("answer", row.answer)):
+        if why := garbage(text):
+            return Drop("garbage", f"{name}: {why}")
+    return None
+
+
+def garbage(text: str) -> str | None:
+    """What is wrong with the text, or None. Works for any script: letters are judged where they are Latin only."""
+    solid = [char for char in text if not char.isspace()]
+    if len(solid) < 25:
+        return None
+    wordlike = sum(unicodedata.category(char)[0] in "LMN" for char in solid) / len(solid)
+    if wordlike < 0.4:
+        return f"{wordlike:.0%} letters and digits"
+    if text.count("\ufffd") > 2 or len(re.findall(r"[ÃÂâ][\u0080-\u00bf€™œ]", text)) > 3:
+        return "broken encoding"
+    if len(re.findall(r"</?\w+[^>]*>|&\w+;", text)) > 0.12 * len(text.split()) + 3:
+        return "markup"
+    words = text.lower().split()
+    if len(words) >= 20:
+        distinct = len(set(zip(words, words[1:], strict=False))) / (len(words) - 1)
+        if distinct < 0.25:
+            return f"{distinct:.0%} of word pairs are new"
+    latin = re.findall(r"[a-z]{4,}", text.lower())
+    if len(latin) >= 4:
+        odd = sum(not _pronounceable(word) for word in latin) / len(latin)
+        if odd > 0.45:
+            return f"{odd:.0%} of words cannot be spoken"
+    longest = max((len(word) for word in text.split()), default=0)
+    if longest > 0.6 * len(text) and longest > 60 and "http" not in text and text.isascii():
+        return "one unbroken run of characters"
+    return None
+
+
+def _pronounceable(word: str) -> bool:
+    """At least a vowel in six letters, never five consonants or four vowels running, no rare pairs of consonants."""
+    vowels = sum(char in _VOWELS for char in word)
+    runs = re.search(r"[^aeiouy]{5}|[aeiou]{4}|[jqvwxz]{2}|q[^u]|[bcdfghjklmnprstvwxz]q|[bcdfgjkmpqvwxz][jqvwxz]", word)
+    return vowels * 6 >= len(word) and runs is None
+
+
+def _language_of() -> Callable[[str], tuple[str, float]]:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError:
+        raise ValueError(
+            "languages are told apart by py3langid, which is not installed: pip install 'plumbline-rlhf[curate]', "
+            "or keep every language with languages=none"
+        ) from None
+    identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    return lambda text: _pair(identifier.classify(text))
+
+
+def _pair(found: Any) -> tuple[str, float]:
+    return str(found[0]), float(found[1])
+
+
+def _foreign(row: Row, languages: Sequence[str], language: Callable[[str], tuple[str, float]]) -> Drop | None:
+    """The whole row, and the prompt alone, are surely in another language; a request to translate is not."""
+    code, sure = language(f"{row.prompt}\n{row.answer}"[:1000])
+    if code in languages or sure < 0.9 or len(row.prompt) + len(row.answer) < 20:
+        return None
+    prompt_code, prompt_sure = language(row.prompt[:500])
+    if prompt_code in languages and prompt_sure > 0.5:
+        return None
+    return Drop("language", f"{code} ({sure:.2f})")
+
+
+# ---- level 1: duplicates --------------------------------------------------------------------------------------------
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
+
+
+Found = tuple[int, int, str, str]  # row that goes, row that stays, rule, detail
+
+
+def exact_duplicates(rows: Sequence[Row], among: Sequence[int]) -> Iterator[Found]:
+    """Rows whose words are those of an earlier row, whatever case, punctuation and blanks are."""
+    seen: dict[bytes, int] = {}
+    for number in among:
+        text = " ".join(_words(rows[number].prompt)) + "\n" + " ".join(_words(rows[number].answer))
+        first = seen.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), number)
+        if first != number:
+            yield number, first, "exact duplicate", ""
+
+
+def near_duplicates(rows: Sequence[Row], among: Sequence[int], threshold: float) -> Iterator[Found]:
+    """Rows whose 3-word shingles are nearly those of an earlier row: candidates by MinHash, then the exact Jaccard index.
+
+    Rows of fewer than 8 words are left to the exact rule: two sums or two capitals are not one question.
+    """
+    try:
+        from datasketch import MinHash, MinHashLSH
+    except ImportError:
+        raise ValueError(
+            "near duplicates are found with datasketch, which is not installed: pip install 'plumbline-rlhf[curate]'"
+        ) from None
+    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
+    blank = MinHash(num_perm=PERMUTATIONS, seed=1)
+    for number in among:
+        shingles = _shingles(rows[number])
+        if len(shingles) < 6:
+            continue
+        sketch = blank.copy()
+        sketch.update_batch([" ".join(shingle).encode() for shingle in shingles])
+        for other in sorted(index.query(sketch)):
+            others = _shingles(rows[other])
+            jaccard = len(shingles & others) / len(shingles | others)
+            if jaccard >= threshold:
+                yield number, other, "near duplicate", f"Jaccard {jaccard:.2f}"
+                break
+        else:
+            index.insert(number, sketch, check_duplication=False)
+
+
+def _shingles(row: Row) -> set[tuple[str, ...]]:
+    words = [*_words(row.prompt), "\n", *_words(row.answer)]
+    return {tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
+
+
+# ---- level 2: embeddings --------------------------------------------------------------------------------------------
+
+
+def clusters(vector_ND: NDArray[Any], *, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(N,) cluster of each row, and (N,) distance from its centre (1 - cosine), by mini-batch k-means."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    count = max(1, len(vector_ND) // CLUSTER_SIZE)
+    vectors = vector_ND.astype(np.float32)
+    means = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096, max_iter=20).fit(vectors)
+    centre_KD = means.cluster_centers_ / np.linalg.norm(means.cluster_centers_, axis=1, keepdims=True)
+    label_N = np.asarray(means.labels_)
+    return label_N, 1 - (vectors * centre_KD[label_N]).sum(1)
+
+
+def paraphrases(
+    prompt_ND: NDArray[Any], answer_ND: NDArray[Any], label_N: NDArray[Any], thresholds: tuple[float, float]
+) -> Iterator[tuple[int, int, float, float]]:
+    """(row, earlier row, cosine of prompts, cosine of answers) inside clusters, at least the thresholds.
+
+    A cluster of n rows is compared in blocks, so memory stays small when one cluster is large.
+    """
+    order = np.argsort(label_N, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(label_N[order])) + 1):
+        prompts, answers = prompt_ND[members].astype(np.float32), answer_ND[members].astype(np.float32)
+        for start in range(0, len(members), 1024):
+            block = slice(start, start + 1024)
+            cosine = prompts[block] @ prompts.T
+            for at, other in zip(*np.nonzero(cosine >= thresholds[0]), strict=True):
+                row = start + at
+                if other < row and (similar := float(answers[row] @ answers[other])) >= thresholds[1]:
+                    yield int(members[row]), int(members[other]), float(cosine[at, other]), similar
+
+
+def _staying(drops: Sequence[Drop | None]) -> list[int]:
+    return [row for row, drop in enumerate(drops) if drop is None]
+
+
+def _apply(drops: list[Drop | None], found: Any) -> None:
+    """Marks rows that go, unless the one that should stay went itself."""
+    for row, other, rule, detail in found:
+        if drops[row] is None and drops[other] is None:
+            drops[row] = Drop(rule, detail, other)
