@@ -64,15 +64,15 @@ class PPO:
         self, settings: PPOSettings, accelerator: Accelerator, run: Path, reward: CompositeReward | None = None
     ):
         self.settings, self.accelerator, self.run = settings, accelerator, run
-        if settings.rollouts_per_step % (accelerator.num_processes * settings.answers_per_prompt):
-            raise ValueError(
-                f"rollouts_per_step={settings.rollouts_per_step} does not split into {accelerator.num_processes} "
-                f"processes x {settings.answers_per_prompt} answers per prompt; make it a multiple of their product"
-            )
         if settings.rollouts_per_step % (accelerator.num_processes * settings.minibatches):
             raise ValueError(
                 f"rollouts_per_step={settings.rollouts_per_step} does not split into {accelerator.num_processes} "
                 f"processes x {settings.minibatches} minibatches; make it a multiple of their product"
+            )
+        if settings.rollouts_per_step % (accelerator.num_processes * settings.answers_per_prompt):
+            raise ValueError(
+                f"rollouts_per_step={settings.rollouts_per_step} does not split into {accelerator.num_processes} "
+                f"processes x {settings.answers_per_prompt} answers per prompt; make it a multiple of their product"
             )
         prompts, eval_prompts = read_prompt_files(settings)
         set_seed(settings.seed)
