@@ -28,7 +28,6 @@ from safety.policy import load_policy
 from safety.scanning import Scanning
 from safety.train_heads import auroc
 
-MARKS = ("<!-- guard bench: begin -->", "<!-- guard bench: end -->")
 SECTIONS = ("harm", "attacks", "toxicity", "pii", "secrets", "obfuscations", "left_out", "hostile")
 ATTACK = ("x_inj", "x_jbk", "x_spe", "x_exf")
 
@@ -98,7 +97,8 @@ class Bench:
         self.data, self.limit, self.seed = data, limit, seed
         # Every scanner runs, so that scores exist for blocked texts too; the decision is the same.
         self.scanning = Scanning(replace(load_policy(policy), stop_early=False))
-        self.tables: list[str] = []
+        self.tables: dict[str, list[str]] = {}
+        self.section = ""
         self.figures: dict[str, Any] = {
             "policy": self.scanning.policy.id,
             "policy_sha256": self.scanning.policy.sha256[:12],
@@ -130,12 +130,18 @@ class Bench:
                 ))  # fmt: skip
         return seen
 
+    def run(self, section: str, hostile: int) -> None:
+        self.section = section
+        if section == "hostile":
+            self.hostile(hostile)
+        else:
+            getattr(self, section)()
+
     def table(self, title: str, head: str, lines: Sequence[str]) -> None:
         columns = head.count("|") + 1
-        self.tables.append(
-            "\n".join([f"### {title}\n", f"| {head} |", "|" + "---|" * columns, *(f"| {line} |" for line in lines)])
-        )
-        print(f"\n{self.tables[-1]}", flush=True)
+        page = [f"### {title}\n", f"| {head} |", "|" + "---|" * columns, *(f"| {line} |" for line in lines)]
+        self.tables.setdefault(self.section, []).append("\n".join(page))
+        print("\n" + "\n".join(page), flush=True)
 
     # -------------------------------------------------------------------------------------------------------- sections
 
@@ -412,12 +418,13 @@ def area(scores: np.ndarray, y: np.ndarray) -> str:
     return f"{value:.3f} [{max(0.0, value - half):.3f}, {min(1.0, value + half):.3f}]"
 
 
-def write(path: Path, text: str) -> None:
-    """Puts the tables between the marks of this command, and leaves the rest of the page as it is."""
+def write(path: Path, section: str, text: str) -> None:
+    """Puts the tables of a section between its marks on the page, and leaves the rest of the page as it is."""
     page = path.read_text(encoding="utf-8") if path.is_file() else "# Results\n"
-    block = f"{MARKS[0]}\n{text}\n{MARKS[1]}"
-    if MARKS[0] in page and MARKS[1] in page:
-        page = page[: page.index(MARKS[0])] + block + page[page.index(MARKS[1]) + len(MARKS[1]) :]
+    first, last = f"<!-- guard bench {section}: begin -->", f"<!-- guard bench {section}: end -->"
+    block = f"{first}\n{text}\n{last}"
+    if first in page and last in page:
+        page = page[: page.index(first)] + block + page[page.index(last) + len(last) :]
     else:
         page = f"{page.rstrip()}\n\n{block}\n"
     path.write_text(page, encoding="utf-8")
@@ -441,18 +448,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"--limit {options.limit} and --hostile {options.hostile} must be at least 1")
     bench = Bench(options.data, options.policy, options.limit, options.seed)
     for section in options.only:
-        if section == "hostile":
-            bench.hostile(options.hostile)
-        else:
-            getattr(bench, section)()
+        bench.run(section, options.hostile)
     if bench.missing:
         print(f"\nnot there, so left out: {', '.join(sorted(set(bench.missing)))}")
     bench.figures["missing"] = sorted(set(bench.missing))
     if options.out:
-        command = f"plumbline guard bench --data DIR --limit {options.limit} --hostile {options.hostile} --only {' '.join(options.only)}"
         policy = f"{bench.figures['policy']} ({bench.figures['policy_sha256']})"
-        heading = f"## The guard\n\nMade by `{command}`; policy {policy}, embedded tier."
-        write(options.out, "\n\n".join([heading, *bench.tables]))
+        for section, tables in bench.tables.items():
+            count = f"--hostile {options.hostile}" if section == "hostile" else f"--limit {options.limit}"
+            command = f"plumbline guard bench --data DIR --policy {options.policy} --only {section} {count}"
+            note = f"## Guard: {section.replace('_', ' ')}\n\nMade by `{command}`; policy {policy}."
+            write(options.out, section, "\n\n".join([note, *tables]))
     print(
         json.dumps(
             {key: round(value, 4) if isinstance(value, float) else value for key, value in bench.figures.items()}

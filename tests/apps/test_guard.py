@@ -68,10 +68,12 @@ def test_bench_on_a_toy_folder(tmp_path, capsys):
 
 def test_writing_twice_replaces_the_tables_and_nothing_else(tmp_path):
     page = tmp_path / "r.md"
-    write(page, "one")
+    write(page, "pii", "one")
     page.write_text(page.read_text() + "\nbelow\n")
-    write(page, "two")
-    assert "one" not in page.read_text() and "two" in page.read_text() and page.read_text().endswith("below\n")
+    write(page, "harm", "three")
+    write(page, "pii", "two")
+    assert "one" not in page.read_text() and "two" in page.read_text() and "below" in page.read_text()
+    assert page.read_text().endswith("three\n<!-- guard bench harm: end -->\n")
 
 
 def test_the_threshold_at_a_rate_by_hand():
