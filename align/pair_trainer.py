@@ -28,9 +28,11 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 from trl import RewardTrainer
 
+from policy_models.attention import PACKED
+
 OPTIONAL = ("margin", "p_chosen", "chosen_harm", "rejected_harm")  # columns of numbers a dataset may have
 SHARED_BACKBONES = {"LlamaModel", "MistralModel", "MoEPolicyModel", "Qwen2Model", "Qwen3Model"}
-MASKED_ATTENTION = {"eager", "sdpa", "packed"}  # take a ready 4-D mask
+MASKED_ATTENTION = {"eager", "sdpa", PACKED}  # take a ready 4-D mask
 MEGABATCH = 32  # batches that are shuffled together before they are sorted by length
 
 

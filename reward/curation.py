@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,9 +97,11 @@ def curate(
     for number, row in enumerate(rows):
         drops[number] = _length(row, rules) or _garbage(row)
     if rules.languages:
-        language = _language_of()
+        share = _wanted_share(rules.languages)
         for number, row in enumerate(rows):
-            drops[number] = drops[number] or _foreign(row, rules.languages, language)
+            drops[number] = drops[number] or _foreign(row, share)
+        for number, odd in unusual_letters(rows, _staying(drops)):
+            drops[number] = Drop("garbage", f"{odd:.0%} of letter triples are unusual")
     personal = [number for number, row in enumerate(rows) if PERSONAL.search(f"{row.prompt}\n{row.answer}")]
     if rules.drop_personal:
         for number in personal:
@@ -110,7 +113,8 @@ def curate(
     if embed is not None and len(staying) > 1:
         prompt_ND = embed([rows[n].prompt[:EMBED_CHARS] for n in staying]).astype(np.float16)
         answer_ND = embed([rows[n].answer[:EMBED_CHARS] for n in staying]).astype(np.float16)
-        label_N, distance_N = clusters(prompt_ND, seed=seed)
+        both_ND = prompt_ND.astype(np.float32) + answer_ND
+        label_N, distance_N = clusters(both_ND / np.linalg.norm(both_ND, axis=1, keepdims=True), seed=seed)
         cluster_N[staying] = label_N
         found = paraphrases(prompt_ND, answer_ND, label_N, rules.paraphrase)
         _apply(drops, ((staying[a], staying[b], "paraphrase", f"cosines {c:.2f}, {d:.2f}") for a, b, c, d in found))
@@ -180,7 +184,8 @@ def _pronounceable(word: str) -> bool:
     return vowels * 6 >= len(word) and runs is None
 
 
-def _language_of() -> Callable[[str], tuple[str, float]]:
+def _wanted_share(languages: Sequence[str]) -> Callable[[str], tuple[float, str]]:
+    """text -> (probability that it is in one of the languages, the likeliest language)."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -189,22 +194,51 @@ def _language_of() -> Callable[[str], tuple[str, float]]:
             "or keep every language with languages=none"
         ) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    return lambda text: _pair(identifier.classify(text))
+
+    def share(text: str) -> tuple[float, str]:
+        ranked = [(str(code), float(p)) for code, p in identifier.rank(text)]
+        return sum(p for code, p in ranked if code in languages), ranked[0][0]
+
+    return share
 
 
-def _pair(found: Any) -> tuple[str, float]:
-    return str(found[0]), float(found[1])
-
-
-def _foreign(row: Row, languages: Sequence[str], language: Callable[[str], tuple[str, float]]) -> Drop | None:
-    """The whole row, and the prompt alone, are surely in another language; a request to translate is not."""
-    code, sure = language(f"{row.prompt}\n{row.answer}"[:1000])
-    if code in languages or sure < 0.9 or len(row.prompt) + len(row.answer) < 20:
+def _foreign(row: Row, share: Callable[[str], tuple[float, str]]) -> Drop | None:
+    """The whole row, and the prompt alone, are in another language; a request to translate is not."""
+    if len(row.prompt) + len(row.answer) < 20:
         return None
-    prompt_code, prompt_sure = language(row.prompt[:500])
-    if prompt_code in languages and prompt_sure > 0.5:
+    whole, code = share(f"{row.prompt}\n{row.answer}"[:1000])
+    if whole > 0.1 or share(row.prompt[:500])[0] > 0.5:
         return None
-    return Drop("language", f"{code} ({sure:.2f})")
+    return Drop("language", f"{code} ({1 - whole:.2f})")
+
+
+def unusual_letters(rows: Sequence[Row], among: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """Rows in which more than 30% of the letter triples are none of those that make up 97% of these rows' text.
+
+    Letters in random order are found so, in whatever language the rows are; nothing is said about fewer than 200 rows.
+    """
+    if len(among) < 200:
+        return
+    counts: Counter[str] = Counter()
+    for number in among[:: max(1, len(among) // 20_000)]:
+        counts.update(_triples(rows[number].answer[:EMBED_CHARS]))
+    total, usual, covered = sum(counts.values()), set(), 0
+    for triple, count in counts.most_common():
+        usual.add(triple)
+        covered += count
+        if covered > 0.97 * total:
+            break
+    for number in among:
+        for text in (rows[number].prompt, rows[number].answer):
+            triples = _triples(text[:EMBED_CHARS])
+            odd = sum(triple not in usual for triple in triples) / len(triples) if len(triples) >= 20 else 0.0
+            if odd > 0.3:
+                yield number, odd
+                break
+
+
+def _triples(text: str) -> list[str]:
+    return [word[i : i + 3] for word in re.findall(r"[^\W\d_]{4,}", text.lower()) for i in range(len(word) - 2)]
 
 
 # ---- level 1: duplicates --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ pytest.importorskip("datasketch", reason="the extra `curate` is not installed")
 pytest.importorskip("py3langid", reason="the extra `curate` is not installed")
 
 from apps.curate import main, texts  # noqa: E402
-from reward.curation import CurationRules, Row, curate, garbage, paraphrases  # noqa: E402
+from reward.curation import CurationRules, Row, curate, garbage, paraphrases, unusual_letters  # noqa: E402
 
 EGG = Row(
     "How long should I boil an egg for a soft yolk?", "Six minutes in boiling water, then a minute in cold water."
@@ -51,6 +51,15 @@ def test_garbage_is_found(text):
 )
 def test_ordinary_text_is_no_garbage(text):
     assert garbage(text) is None
+
+
+def test_letters_in_random_order_are_unusual_among_ordinary_rows():
+    words = "the water boils when a pan is left on the stove for several minutes while people wait and talk".split()
+    rows = [Row(f"Question {n}?", " ".join(words[n % 7 :] + words[: n % 7])) for n in range(250)]
+    shuffled = Row("Question?", " ".join(word[::-1] for word in rows[0].answer.split()))
+    found = [number for number, _ in unusual_letters([*rows, shuffled], range(251))]
+    assert found == [250]
+    assert not list(unusual_letters([*rows[:100], shuffled], range(101)))  # too few rows to know what is usual
 
 
 def test_empty_and_overlong_rows():
