@@ -170,7 +170,9 @@ class PairTrainer(RewardTrainer):
         self.preference_smoothing = label_smoothing
         self.shared = self.accelerator.num_processes == 1 and shares_rows(self._inner())
         pad_id = others["processing_class"].pad_token_id
-        self.data_collator = PairCollator(pad_id=pad_id, shared=self.shared)  # type: ignore[assignment]
+        asked = self.args.pad_to_multiple_of
+        multiple = asked if isinstance(asked, int) else 32 if self.args.device.type == "cpu" else 8
+        self.data_collator = PairCollator(pad_id=pad_id, shared=self.shared, multiple=multiple)  # type: ignore[assignment]
 
     def _inner(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
