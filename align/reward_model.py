@@ -110,7 +110,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     # 128 answers pin a mean and a spread well enough; scoring every training pair would take as long as training
     chosen, rejected = score_pairs(scorer, train_pairs[:64])
     scores = np.concatenate([chosen, rejected])
-    scaling = {"mean": float(scores.mean()), "std": float(max(scores.std(), 1e-6))}
+    scaling = {"mean": float(np.nanmean(scores)), "std": float(max(np.nanstd(scores), 1e-6))}
     for folder in {run / "model", run / "adapter"}:
         if folder.is_dir():
             (folder / SCALING_FILE).write_text(json.dumps(scaling, indent=2) + "\n", encoding="utf-8")
