@@ -13,7 +13,7 @@ import hashlib
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 SHINGLE = 3  # words
 PERMUTATIONS = 64
 CLUSTER_SIZE = 200  # rows that a cluster has on average
-EMBED_CHARS = 400  # of the prompt and of the answer: what a text is about stands at its start
+EMBED_CHARS = 400  # of a text: what it is about stands at its start
+LIKE = 0.8  # cosine of two rows, prompt and answer together, from which they are looked at more closely
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class CurationRules:
     languages: tuple[str, ...] = ("en",)
     max_chars: int = 20_000
     near_duplicate: float = 0.7
-    paraphrase: tuple[float, float] = (0.85, 0.80)
+    paraphrase: tuple[float, float] = (0.75, 0.85)
     outlier: float = 0.0
     drop_personal: bool = False
 
@@ -111,13 +112,11 @@ def curate(
     cluster_N = np.full(len(rows), -1)
     staying = _staying(drops)
     if embed is not None and len(staying) > 1:
-        prompt_ND = embed([rows[n].prompt[:EMBED_CHARS] for n in staying]).astype(np.float16)
-        answer_ND = embed([rows[n].answer[:EMBED_CHARS] for n in staying]).astype(np.float16)
-        both_ND = prompt_ND.astype(np.float32) + answer_ND
-        label_N, distance_N = clusters(both_ND / np.linalg.norm(both_ND, axis=1, keepdims=True), seed=seed)
+        texts = [f"{rows[n].prompt[: EMBED_CHARS // 2]}\n{rows[n].answer[: EMBED_CHARS // 2]}" for n in staying]
+        vector_ND = embed(texts).astype(np.float16)
+        label_N, distance_N = clusters(vector_ND, seed=seed)
         cluster_N[staying] = label_N
-        found = paraphrases(prompt_ND, answer_ND, label_N, rules.paraphrase)
-        _apply(drops, ((staying[a], staying[b], "paraphrase", f"cosines {c:.2f}, {d:.2f}") for a, b, c, d in found))
+        _apply(drops, paraphrases(rows, staying, like_pairs(vector_ND, label_N), rules.paraphrase, embed))
         for at in np.argsort(-distance_N)[: int(rules.outlier * len(staying))]:
             drops[staying[at]] = drops[staying[at]] or Drop(
                 "outlier", f"distance {distance_N[at]:.2f} from its cluster"
@@ -310,23 +309,42 @@ def clusters(vector_ND: NDArray[Any], *, seed: int = 0) -> tuple[NDArray[Any], N
     return label_N, 1 - (vectors * centre_KD[label_N]).sum(1)
 
 
-def paraphrases(
-    prompt_ND: NDArray[Any], answer_ND: NDArray[Any], label_N: NDArray[Any], thresholds: tuple[float, float]
-) -> Iterator[tuple[int, int, float, float]]:
-    """(row, earlier row, cosine of prompts, cosine of answers) inside clusters, at least the thresholds.
+def like_pairs(vector_ND: NDArray[Any], label_N: NDArray[Any], *, most: int = 3) -> Iterator[tuple[int, int]]:
+    """(row, earlier row of its cluster) with a cosine of at least LIKE; for each row the nearest few.
 
     A cluster of n rows is compared in blocks, so memory stays small when one cluster is large.
     """
     order = np.argsort(label_N, kind="stable")
     for members in np.split(order, np.flatnonzero(np.diff(label_N[order])) + 1):
-        prompts, answers = prompt_ND[members].astype(np.float32), answer_ND[members].astype(np.float32)
+        vectors = vector_ND[members].astype(np.float32)
         for start in range(0, len(members), 1024):
-            block = slice(start, start + 1024)
-            cosine = prompts[block] @ prompts.T
-            for at, other in zip(*np.nonzero(cosine >= thresholds[0]), strict=True):
-                row = start + at
-                if other < row and (similar := float(answers[row] @ answers[other])) >= thresholds[1]:
-                    yield int(members[row]), int(members[other]), float(cosine[at, other]), similar
+            cosine = vectors[start : start + 1024] @ vectors.T
+            for at, row in enumerate(range(start, min(start + 1024, len(members)))):
+                near = np.flatnonzero(cosine[at, :row] >= LIKE)
+                for other in near[np.argsort(-cosine[at, near], kind="stable")][:most]:
+                    yield int(members[row]), int(members[other])
+
+
+def paraphrases(
+    rows: Sequence[Row],
+    among: Sequence[int],
+    pairs: Iterable[tuple[int, int]],
+    thresholds: tuple[float, float],
+    embed: Callable[[Sequence[str]], NDArray[Any]],
+) -> Iterator[Found]:
+    """Those pairs (places in `among`) whose prompts and whose answers are both near: one question with two answers is not
+    a repetition, nor is one answer ("Yes.") to two questions.
+    """
+    found = [(among[row], among[other]) for row, other in pairs]
+    needed = sorted({number for pair in found for number in pair})
+    at = {number: place for place, number in enumerate(needed)}
+    prompt_ND = embed([rows[number].prompt[:EMBED_CHARS] for number in needed]) if needed else np.zeros((0, 1))
+    answer_ND = embed([rows[number].answer[:EMBED_CHARS] for number in needed]) if needed else np.zeros((0, 1))
+    for row, other in found:
+        prompts = float(prompt_ND[at[row]] @ prompt_ND[at[other]])
+        answers = float(answer_ND[at[row]] @ answer_ND[at[other]])
+        if prompts >= thresholds[0] and answers >= thresholds[1]:
+            yield row, other, "paraphrase", f"cosines {prompts:.2f}, {answers:.2f}"
 
 
 def _staying(drops: Sequence[Drop | None]) -> list[int]:
