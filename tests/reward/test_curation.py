@@ -9,7 +9,8 @@ pytest.importorskip("datasketch", reason="the extra `curate` is not installed")
 pytest.importorskip("py3langid", reason="the extra `curate` is not installed")
 
 from apps.curate import main, texts  # noqa: E402
-from reward.curation import CurationRules, Row, curate, garbage, like_pairs, paraphrases, unusual_letters  # noqa: E402
+from reward.curation import CurationRules, Row, curate, garbage, unusual_letters  # noqa: E402
+from reward.duplicates import like_pairs, paraphrases  # noqa: E402
 
 EGG = Row(
     "How long should I boil an egg for a soft yolk?", "Six minutes in boiling water, then a minute in cold water."
