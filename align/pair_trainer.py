@@ -28,9 +28,11 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 from trl import RewardTrainer
 
+from policy_models.attention import PACKED
+
 OPTIONAL = ("margin", "p_chosen", "chosen_harm", "rejected_harm")  # columns of numbers a dataset may have
 SHARED_BACKBONES = {"LlamaModel", "MistralModel", "MoEPolicyModel", "Qwen2Model", "Qwen3Model"}
-MASKED_ATTENTION = {"eager", "sdpa", "packed"}  # take a ready 4-D mask
+MASKED_ATTENTION = {"eager", "sdpa", PACKED}  # take a ready 4-D mask
 MEGABATCH = 32  # batches that are shuffled together before they are sorted by length
 
 
@@ -168,7 +170,9 @@ class PairTrainer(RewardTrainer):
         self.preference_smoothing = label_smoothing
         self.shared = self.accelerator.num_processes == 1 and shares_rows(self._inner())
         pad_id = others["processing_class"].pad_token_id
-        self.data_collator = PairCollator(pad_id=pad_id, shared=self.shared)  # type: ignore[assignment]
+        asked = self.args.pad_to_multiple_of
+        multiple = asked if isinstance(asked, int) else 32 if self.args.device.type == "cpu" else 8
+        self.data_collator = PairCollator(pad_id=pad_id, shared=self.shared, multiple=multiple)  # type: ignore[assignment]
 
     def _inner(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
@@ -191,13 +195,8 @@ class PairTrainer(RewardTrainer):
             ).logits
             chosen_B, rejected_B = logits[:, 0].float().chunk(2)
             return chosen_B, rejected_B
-        inner = self._inner()
-        names = ("input_ids", "position_ids", "attention_mask")
         with self.accelerator.autocast():
-            states_BSD = inner.base_model(use_cache=False, **{n: inputs[n] for n in names}).last_hidden_state
-            last_B2 = inputs["last"]
-            last_B2D = states_BSD[torch.arange(len(last_B2), device=last_B2.device)[:, None], last_B2]
-            scores_B2 = inner.score(last_B2D)[..., 0].float()
+            scores_B2 = shared_row_scores(self._inner(), inputs)
         return scores_B2[:, 0], scores_B2[:, 1]
 
     def compute_loss(
@@ -230,6 +229,14 @@ class PairTrainer(RewardTrainer):
             metrics["accuracy"].append((gap_B > 0).float().mean().item())
             metrics["margin"].append(gap_B.mean().item())
         return (loss, {"logits": torch.stack([chosen_B, rejected_B], dim=1)}) if return_outputs else loss
+
+
+def shared_row_scores(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """(B, 2) fp32 scores of chosen and rejected answers that stand in one row; see `PairCollator`."""
+    names = ("input_ids", "position_ids", "attention_mask")
+    states_BSD = model.base_model(use_cache=False, **{name: inputs[name] for name in names}).last_hidden_state
+    rows_B1 = torch.arange(len(states_BSD), device=states_BSD.device)[:, None]
+    return model.score(states_BSD[rows_B1, inputs["last"]])[..., 0].float()
 
 
 def shares_rows(model: Any) -> bool:

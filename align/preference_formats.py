@@ -159,7 +159,7 @@ def _pandalm(row: Row) -> Verdict:
 def _tulu(row: Row) -> Verdict:
     first, second = ("a-is-better", "a-is-slightly-better"), ("b-is-better", "b-is-slightly-better")
     said = row["preference"]
-    votes = [1.0] if said in first else [0.0] if said in second else _vote(said, None, None, "tie")
+    votes = [1.0] if said in first else [0.0] if said in second else [0.5] if said == "tie" else []
     return row["prompt"], row["completion_a"], row["completion_b"], votes
 
 

@@ -9,6 +9,7 @@ a cost model (Dai et al. 2023) from pairs whose answers people called harmful or
                       of the scores of training answers, so that scores can be read as "standard deviations above usual"
 `report.json`         accuracy on held-out pairs with its interval, by kind and length-controlled, beside the baseline
                       "the longer answer is better"; calibration, margins, mistakes made with confidence, leaked prompts
+`report.png`          its calibration and margins
 """
 
 import sys
@@ -33,6 +34,7 @@ from align.preference_formats import cost_pairs, read_training_pairs
 from align.preferences import PreferencePair, last_user_text, split_pairs
 from align.tracking import MetricsCallback, StopOnNonFinite
 from eval.intervals import wilson
+from eval.preference_plots import plot_pair_reports
 from eval.preference_report import pair_report, shared_prompts
 from policy_models.attention import default_attention
 from policy_models.loading import load_scalar_model, load_tokenizer, resolve_model_source
@@ -108,7 +110,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     # 128 answers pin a mean and a spread well enough; scoring every training pair would take as long as training
     chosen, rejected = score_pairs(scorer, train_pairs[:64])
     scores = np.concatenate([chosen, rejected])
-    scaling = {"mean": float(scores.mean()), "std": float(max(scores.std(), 1e-6))}
+    scaling = {"mean": float(np.nanmean(scores)), "std": float(max(np.nanstd(scores), 1e-6))}
     for folder in {run / "model", run / "adapter"}:
         if folder.is_dir():
             (folder / SCALING_FILE).write_text(json.dumps(scaling, indent=2) + "\n", encoding="utf-8")
@@ -120,6 +122,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     )
     report |= {"train_pairs": len(rows), "train_pairs_too_long": too_long, "leaked_prompts": len(leaks)}
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    plot_pair_reports({"reward model": report}).savefig(run / "report.png")
     return run
 
 

@@ -9,9 +9,9 @@ Time and memory grow linearly with the rows, up to the clusters' sizes, which ar
 
 from __future__ import annotations
 
-import hashlib
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,19 +19,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SHINGLE = 3  # words
-PERMUTATIONS = 64
-CLUSTER_SIZE = 200  # rows that a cluster has on average
-EMBED_CHARS = 400  # of the prompt and of the answer: what a text is about stands at its start
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A prompt and its answer; `place` names the row for people."""
-
-    prompt: str
-    answer: str
-    place: str = ""
+from reward.duplicates import (
+    EMBED_CHARS,
+    Row,
+    clusters,
+    exact_duplicates,
+    like_pairs,
+    near_duplicates,
+    paraphrases,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +54,7 @@ class CurationRules:
     languages: tuple[str, ...] = ("en",)
     max_chars: int = 20_000
     near_duplicate: float = 0.7
-    paraphrase: tuple[float, float] = (0.85, 0.80)
+    paraphrase: tuple[float, float] = (0.75, 0.85)
     outlier: float = 0.0
     drop_personal: bool = False
 
@@ -96,9 +92,11 @@ def curate(
     for number, row in enumerate(rows):
         drops[number] = _length(row, rules) or _garbage(row)
     if rules.languages:
-        language = _language_of()
+        share = _wanted_share(rules.languages)
         for number, row in enumerate(rows):
-            drops[number] = drops[number] or _foreign(row, rules.languages, language)
+            drops[number] = drops[number] or _foreign(row, share)
+        for number, odd in unusual_letters(rows, _staying(drops)):
+            drops[number] = Drop("garbage", f"{odd:.0%} of letter triples are unusual")
     personal = [number for number, row in enumerate(rows) if PERSONAL.search(f"{row.prompt}\n{row.answer}")]
     if rules.drop_personal:
         for number in personal:
@@ -108,12 +106,11 @@ def curate(
     cluster_N = np.full(len(rows), -1)
     staying = _staying(drops)
     if embed is not None and len(staying) > 1:
-        prompt_ND = embed([rows[n].prompt[:EMBED_CHARS] for n in staying]).astype(np.float16)
-        answer_ND = embed([rows[n].answer[:EMBED_CHARS] for n in staying]).astype(np.float16)
-        label_N, distance_N = clusters(prompt_ND, seed=seed)
+        texts = [f"{rows[n].prompt[: EMBED_CHARS // 2]}\n{rows[n].answer[: EMBED_CHARS // 2]}" for n in staying]
+        vector_ND = embed(texts).astype(np.float16)
+        label_N, distance_N = clusters(vector_ND, seed=seed)
         cluster_N[staying] = label_N
-        found = paraphrases(prompt_ND, answer_ND, label_N, rules.paraphrase)
-        _apply(drops, ((staying[a], staying[b], "paraphrase", f"cosines {c:.2f}, {d:.2f}") for a, b, c, d in found))
+        _apply(drops, paraphrases(rows, staying, like_pairs(vector_ND, label_N), rules.paraphrase, embed))
         for at in np.argsort(-distance_N)[: int(rules.outlier * len(staying))]:
             drops[staying[at]] = drops[staying[at]] or Drop(
                 "outlier", f"distance {distance_N[at]:.2f} from its cluster"
@@ -180,7 +177,8 @@ def _pronounceable(word: str) -> bool:
     return vowels * 6 >= len(word) and runs is None
 
 
-def _language_of() -> Callable[[str], tuple[str, float]]:
+def _wanted_share(languages: Sequence[str]) -> Callable[[str], tuple[float, str]]:
+    """text -> (probability that it is in one of the languages, the likeliest language)."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier
     except ImportError:
@@ -189,110 +187,51 @@ def _language_of() -> Callable[[str], tuple[str, float]]:
             "or keep every language with languages=none"
         ) from None
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
-    return lambda text: _pair(identifier.classify(text))
+
+    def share(text: str) -> tuple[float, str]:
+        ranked = [(str(code), float(p)) for code, p in identifier.rank(text)]
+        return sum(p for code, p in ranked if code in languages), ranked[0][0]
+
+    return share
 
 
-def _pair(found: Any) -> tuple[str, float]:
-    return str(found[0]), float(found[1])
-
-
-def _foreign(row: Row, languages: Sequence[str], language: Callable[[str], tuple[str, float]]) -> Drop | None:
-    """The whole row, and the prompt alone, are surely in another language; a request to translate is not."""
-    code, sure = language(f"{row.prompt}\n{row.answer}"[:1000])
-    if code in languages or sure < 0.9 or len(row.prompt) + len(row.answer) < 20:
+def _foreign(row: Row, share: Callable[[str], tuple[float, str]]) -> Drop | None:
+    """The whole row, and the prompt alone, are in another language; a request to translate is not."""
+    if len(row.prompt) + len(row.answer) < 20:
         return None
-    prompt_code, prompt_sure = language(row.prompt[:500])
-    if prompt_code in languages and prompt_sure > 0.5:
+    whole, code = share(f"{row.prompt}\n{row.answer}"[:1000])
+    if whole > 0.1 or share(row.prompt[:500])[0] > 0.5:
         return None
-    return Drop("language", f"{code} ({sure:.2f})")
+    return Drop("language", f"{code} ({1 - whole:.2f})")
 
 
-# ---- level 1: duplicates --------------------------------------------------------------------------------------------
+def unusual_letters(rows: Sequence[Row], among: Sequence[int]) -> Iterator[tuple[int, float]]:
+    """Rows in which more than 30% of the letter triples are none of those that make up 97% of these rows' text.
 
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-
-
-Found = tuple[int, int, str, str]  # row that goes, row that stays, rule, detail
-
-
-def exact_duplicates(rows: Sequence[Row], among: Sequence[int]) -> Iterator[Found]:
-    """Rows whose words are those of an earlier row, whatever case, punctuation and blanks are."""
-    seen: dict[bytes, int] = {}
-    for number in among:
-        text = " ".join(_words(rows[number].prompt)) + "\n" + " ".join(_words(rows[number].answer))
-        first = seen.setdefault(hashlib.blake2b(text.encode(), digest_size=16).digest(), number)
-        if first != number:
-            yield number, first, "exact duplicate", ""
-
-
-def near_duplicates(rows: Sequence[Row], among: Sequence[int], threshold: float) -> Iterator[Found]:
-    """Rows whose 3-word shingles are nearly those of an earlier row: candidates by MinHash, then the exact Jaccard index.
-
-    Rows of fewer than 8 words are left to the exact rule: two sums or two capitals are not one question.
+    Letters in random order are found so, in whatever language the rows are; nothing is said about fewer than 200 rows.
     """
-    try:
-        from datasketch import MinHash, MinHashLSH
-    except ImportError:
-        raise ValueError(
-            "near duplicates are found with datasketch, which is not installed: pip install 'plumbline-rlhf[curate]'"
-        ) from None
-    index = MinHashLSH(threshold=threshold, num_perm=PERMUTATIONS)
-    blank = MinHash(num_perm=PERMUTATIONS, seed=1)
+    if len(among) < 200:
+        return
+    counts: Counter[str] = Counter()
+    for number in among[:: max(1, len(among) // 20_000)]:
+        counts.update(_triples(rows[number].answer[:EMBED_CHARS]))
+    total, usual, covered = sum(counts.values()), set(), 0
+    for triple, count in counts.most_common():
+        usual.add(triple)
+        covered += count
+        if covered > 0.97 * total:
+            break
     for number in among:
-        shingles = _shingles(rows[number])
-        if len(shingles) < 6:
-            continue
-        sketch = blank.copy()
-        sketch.update_batch([" ".join(shingle).encode() for shingle in shingles])
-        for other in sorted(index.query(sketch)):
-            others = _shingles(rows[other])
-            jaccard = len(shingles & others) / len(shingles | others)
-            if jaccard >= threshold:
-                yield number, other, "near duplicate", f"Jaccard {jaccard:.2f}"
+        for text in (rows[number].prompt, rows[number].answer):
+            triples = _triples(text[:EMBED_CHARS])
+            odd = sum(triple not in usual for triple in triples) / len(triples) if len(triples) >= 20 else 0.0
+            if odd > 0.3:
+                yield number, odd
                 break
-        else:
-            index.insert(number, sketch, check_duplication=False)
 
 
-def _shingles(row: Row) -> set[tuple[str, ...]]:
-    words = [*_words(row.prompt), "\n", *_words(row.answer)]
-    return {tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
-
-
-# ---- level 2: embeddings --------------------------------------------------------------------------------------------
-
-
-def clusters(vector_ND: NDArray[Any], *, seed: int = 0) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(N,) cluster of each row, and (N,) distance from its centre (1 - cosine), by mini-batch k-means."""
-    from sklearn.cluster import MiniBatchKMeans
-
-    count = max(1, len(vector_ND) // CLUSTER_SIZE)
-    vectors = vector_ND.astype(np.float32)
-    means = MiniBatchKMeans(count, random_state=seed, n_init=1, batch_size=4096, max_iter=20).fit(vectors)
-    centre_KD = means.cluster_centers_ / np.linalg.norm(means.cluster_centers_, axis=1, keepdims=True)
-    label_N = np.asarray(means.labels_)
-    return label_N, 1 - (vectors * centre_KD[label_N]).sum(1)
-
-
-def paraphrases(
-    prompt_ND: NDArray[Any], answer_ND: NDArray[Any], label_N: NDArray[Any], thresholds: tuple[float, float]
-) -> Iterator[tuple[int, int, float, float]]:
-    """(row, earlier row, cosine of prompts, cosine of answers) inside clusters, at least the thresholds.
-
-    A cluster of n rows is compared in blocks, so memory stays small when one cluster is large.
-    """
-    order = np.argsort(label_N, kind="stable")
-    for members in np.split(order, np.flatnonzero(np.diff(label_N[order])) + 1):
-        prompts, answers = prompt_ND[members].astype(np.float32), answer_ND[members].astype(np.float32)
-        for start in range(0, len(members), 1024):
-            block = slice(start, start + 1024)
-            cosine = prompts[block] @ prompts.T
-            for at, other in zip(*np.nonzero(cosine >= thresholds[0]), strict=True):
-                row = start + at
-                if other < row and (similar := float(answers[row] @ answers[other])) >= thresholds[1]:
-                    yield int(members[row]), int(members[other]), float(cosine[at, other]), similar
+def _triples(text: str) -> list[str]:
+    return [word[i : i + 3] for word in re.findall(r"[^\W\d_]{4,}", text.lower()) for i in range(len(word) - 2)]
 
 
 def _staying(drops: Sequence[Drop | None]) -> list[int]:

@@ -12,7 +12,7 @@ GOOD = "Water it when the top of the soil is dry, from below. Pinch the tips eve
 def test_every_trick_is_made_from_the_prompt_without_thought():
     made = {name: make(PROMPT, GOOD) for name, make in HACKS.items()}
     assert len(HACKS) >= 15 and len(set(made.values())) == len(HACKS)
-    assert made["keywords"] == "how keep basil alive windowsill.".replace("how ", "")
+    assert made["keywords"] == "keep, basil, alive, windowsill."
     assert made["repetition"].count("Water it when the top") == 12
     assert (
         made["look_alike_letters"] != f"Here is what to know about {PROMPT}"

@@ -9,7 +9,8 @@ pytest.importorskip("datasketch", reason="the extra `curate` is not installed")
 pytest.importorskip("py3langid", reason="the extra `curate` is not installed")
 
 from apps.curate import main, texts  # noqa: E402
-from reward.curation import CurationRules, Row, curate, garbage, paraphrases  # noqa: E402
+from reward.curation import CurationRules, Row, curate, garbage, unusual_letters  # noqa: E402
+from reward.duplicates import like_pairs, paraphrases  # noqa: E402
 
 EGG = Row(
     "How long should I boil an egg for a soft yolk?", "Six minutes in boiling water, then a minute in cold water."
@@ -51,6 +52,15 @@ def test_garbage_is_found(text):
 )
 def test_ordinary_text_is_no_garbage(text):
     assert garbage(text) is None
+
+
+def test_letters_in_random_order_are_unusual_among_ordinary_rows():
+    words = "the water boils when a pan is left on the stove for several minutes while people wait and talk".split()
+    rows = [Row(f"Question {n}?", " ".join(words[n % 7 :] + words[: n % 7])) for n in range(250)]
+    shuffled = Row("Question?", " ".join(word[::-1] for word in rows[0].answer.split()))
+    found = [number for number, _ in unusual_letters([*rows, shuffled], range(251))]
+    assert found == [250]
+    assert not list(unusual_letters([*rows[:100], shuffled], range(101)))  # too few rows to know what is usual
 
 
 def test_empty_and_overlong_rows():
@@ -96,21 +106,29 @@ def test_personal_data_is_counted_and_dropped_when_asked():
     assert rules_of(rows, drop_personal=True) == [None, "personal data", None]
 
 
-def test_paraphrases_need_like_prompts_and_like_answers_in_one_cluster():
-    prompt = np.array([[1, 0], [0.99, 0.1], [1, 0], [1, 0]], dtype=np.float32)
-    answer = np.array([[1, 0], [1, 0], [0, 1], [1, 0]], dtype=np.float32)
-    found = list(paraphrases(prompt, answer, np.array([0, 0, 0, 1]), (0.9, 0.9)))
-    assert [(a, b) for a, b, _, _ in found] == [(1, 0)]
+VECTORS = {"a": (1.0, 0.0), "b": (0.99, 0.14), "c": (0.96, 0.28), "x": (0.0, 1.0)}
 
 
-def test_a_chain_of_paraphrases_loses_all_but_its_first():
-    vectors = {"a": (1.0, 0.0), "b": (0.99, 0.14), "c": (0.96, 0.28), "x": (0.0, 1.0)}
-    rows = [Row(f"{w}", f"{w}") for w in "xabc"]
-    result = curate(
-        rows,
-        CurationRules(languages=(), paraphrase=(0.98, 0.98)),
-        embed=lambda ts: np.array([vectors[t] for t in ts], dtype=np.float32),
-    )
+def embed(texts):
+    """The vector of a text's first letter."""
+    return np.array([VECTORS[t[0]] for t in texts], dtype=np.float32)
+
+
+def test_paraphrases_need_like_prompts_and_like_answers():
+    rows = [Row("a", "a"), Row("b", "b"), Row("b", "x"), Row("x", "b")]
+    found = list(paraphrases(rows, range(4), [(1, 0), (2, 0), (3, 0)], (0.9, 0.9), embed))
+    assert [(row, other, rule) for row, other, rule, _ in found] == [(1, 0, "paraphrase")]
+    assert list(paraphrases(rows, range(4), [], (0.9, 0.9), embed)) == []
+
+
+def test_like_pairs_are_within_clusters_and_nearest_first():
+    vectors = embed(["a", "b", "c", "x", "a"])
+    assert list(like_pairs(vectors, np.array([0, 0, 0, 0, 1]))) == [(1, 0), (2, 1), (2, 0)]
+    assert list(like_pairs(vectors, np.zeros(5, dtype=int), most=1)) == [(1, 0), (2, 1), (4, 0)]
+
+
+def test_a_chain_of_paraphrases_keeps_what_is_near_dropped_rows_only():
+    result = curate([Row(w, w) for w in "xabc"], CurationRules(languages=(), paraphrase=(0.98, 0.98)), embed=embed)
     assert [drop and drop.kept_row for drop in result.drops] == [None, None, 1, None]  # c is near b only, which went
     assert result.cluster.tolist() == [0, 0, 0, 0]
 
