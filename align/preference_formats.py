@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def parse_row(place: str, row: Row, source: str, left_out: Counter[str]) -> Pref
         left_out["rows without a verdict"] += 1
         return None
     if prompt is None:
-        first, second = _conversation(place, first), _conversation(place, second)
+        first, second = (_conversation(place, text, sorted(row)) for text in (first, second))
         both = enumerate(zip(first, second, strict=False))
         shared = next((i for i, (a, b) in both if a != b), min(len(first), len(second)))
         # the answers are what comes after the last shared user turn
@@ -238,14 +238,15 @@ def cost_pairs(pairs: list[PreferencePair]) -> list[PreferencePair]:
     return out
 
 
-def _conversation(place: str, value: Any) -> Messages:
+def _conversation(place: str, value: Any, columns: Sequence[str] = ()) -> Messages:
     """A whole conversation: messages, or a transcript of hh-rlhf."""
     if not isinstance(value, str):
         return _messages(place, value, "assistant")
     parts = TURN.split(value)
     if len(parts) < 3:
         raise ValueError(
-            f"{place}: no prompt field, and the texts are no transcripts (\\n\\nHuman: ...); add a prompt to the row"
+            f"{place}: field 'prompt' is missing (found {list(columns)}); add it, or give both texts as whole transcripts "
+            "(\\n\\nHuman: ... \\n\\nAssistant: ...)"
         )
     turns = zip(parts[1::2], parts[2::2], strict=True)
     return [{"role": ROLES[who], "content": text.strip()} for who, text in turns]

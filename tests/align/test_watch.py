@@ -52,7 +52,7 @@ def test_a_grader_grades_evaluations_and_its_page_shows_it(
     settings, share, tmp_path, prompts_file, read_metrics, monkeypatch
 ):
     class Grader:
-        def __init__(self, source):
+        def __init__(self, source, dtype):
             assert source == "grader"
 
         def __call__(self, prompts, answers):

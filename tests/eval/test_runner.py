@@ -212,7 +212,7 @@ def test_tiny_model_answers_and_its_choices_agree_with_a_plain_forward(tiny):
     assert isinstance(tiny, ModelTarget) and tiny.name == "tiny"
     replies = tiny.reply([[{"role": "user", "content": "hi"}], "once upon"], max_new_tokens=5, temperature=0, seed=0)
     assert all(isinstance(reply.text, str) and reply.finished is not None for reply in replies)
-    pairs = [("abc", " d"), ("abc", " efg"), ("", "hello"), ("a longer prompt ", "x")]
+    pairs = [("abc", " d"), ("abc", " efg"), ("", "hello"), ("a longer prompt", " x")]
     model, tokenizer = tiny.load()
     for (prompt, text), (logp, greedy) in zip(pairs, tiny.logp_and_greedy(pairs), strict=True):
         before = tokenizer(prompt)["input_ids"] or [tokenizer.bos_token_id]

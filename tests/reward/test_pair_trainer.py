@@ -84,7 +84,7 @@ def test_common_start_leaves_a_token_of_each():
     assert [common_start(a, b) for a, b in PAIRS] == [3, 1, 0, 2]
 
 
-@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
 @pytest.mark.parametrize("source", ["bundled:tiny-moe", "bundled:tiny-llama"])
 def test_shared_rows_score_as_two_rows_do(tmp_path, source, attention):
     run = trainer(tmp_path, source, attention=attention)
@@ -96,6 +96,10 @@ def test_shared_rows_score_as_two_rows_do(tmp_path, source, attention):
     two = run.scores(run.model, PairCollator(pad_id=pad_id, shared=False)(examples))
     torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
     assert len({round(score, 4) for side in one for score in side.tolist()}) == 8
+
+
+def test_attention_that_adds_its_mask_shares_no_rows(tmp_path):
+    assert not trainer(tmp_path, "bundled:tiny-llama", attention="eager").shared
 
 
 def test_loss_and_gradient_equal_those_of_trl(tmp_path):
