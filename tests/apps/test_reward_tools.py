@@ -120,5 +120,8 @@ def test_identity_gap_by_hand(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_shipped_composite_withstands_every_trick(capsys):
-    assert reward_tools.main(["attack", "--limit", "20"]) == 0
+def test_attack_fails_where_a_good_answer_loses_too_often(capsys):
+    status = reward_tools.main(["attack", "--limit", "4"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["prompts"] == 4 and set(result["beaten"].values()) <= {0, 1, 2, 3, 4}
+    assert status == int(result["all_beaten"] < 0.95 * 4)
