@@ -32,7 +32,10 @@ from policy_models.attention import PACKED
 
 OPTIONAL = ("margin", "p_chosen", "chosen_harm", "rejected_harm")  # columns of numbers a dataset may have
 SHARED_BACKBONES = {"LlamaModel", "MistralModel", "MoEPolicyModel", "Qwen2Model", "Qwen3Model"}
-MASKED_ATTENTION = {"eager", "sdpa", PACKED}  # take a ready 4-D mask
+MASKED_ATTENTION = {
+    "sdpa",
+    PACKED,
+}  # take a ready 4-D mask of True and False; eager attention would add it to the scores
 MEGABATCH = 32  # batches that are shuffled together before they are sorted by length
 
 

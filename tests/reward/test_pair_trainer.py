@@ -84,7 +84,7 @@ def test_common_start_leaves_a_token_of_each():
     assert [common_start(a, b) for a, b in PAIRS] == [3, 1, 0, 2]
 
 
-@pytest.mark.parametrize("attention", ["packed", "sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["packed", "sdpa"])
 @pytest.mark.parametrize("source", ["bundled:tiny-moe", "bundled:tiny-llama"])
 def test_shared_rows_score_as_two_rows_do(tmp_path, source, attention):
     run = trainer(tmp_path, source, attention=attention)
@@ -136,8 +136,9 @@ def test_sliding_windows_and_unknown_backbones_keep_two_rows():
     model.config.sliding_window = 8
     assert not shares_rows(model)
     model.config.sliding_window = None
-    model.config._attn_implementation = "flash_attention_2"
-    assert not shares_rows(model)
+    for other in ("flash_attention_2", "eager"):  # eager adds its mask to the scores: True would be 1
+        model.config._attn_implementation = other
+        assert not shares_rows(model)
 
 
 @given(st.lists(st.integers(1, 500), max_size=300), st.integers(1, 9), st.integers(0, 3))
