@@ -294,7 +294,10 @@ def _sources(source: str | Path, split: str) -> Iterator[tuple[str, Iterator[tup
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.suffix:
         from datasets import load_dataset
 
-        rows = load_dataset(str(source), split=split)
+        try:
+            rows = load_dataset(str(source), split=split)
+        except Exception as error:  # the library raises many kinds: offline, unknown, gated, no such split
+            raise ValueError(f"{source}: no such file or folder, and the hub does not give it ({error})") from None
         yield str(source), ((f"{source}:{n}", dict(row)) for n, row in enumerate(rows))
     else:
         raise ValueError(f"{source}: no such file or folder, and no hub id (owner/name)")

@@ -37,7 +37,7 @@ class CurateSettings:
     languages: str = field(default="en", metadata={"help": "ISO codes that stay, with commas; none: any"})
     near_duplicate: float = field(default=0.7, metadata={"help": "Jaccard index of 3-word shingles"})
     paraphrase_prompt: float = field(default=0.75, metadata={"help": "cosine of the prompts of a paraphrase, at least"})
-    paraphrase_answer: float = field(default=0.85, metadata={"help": "and of the answers"})
+    paraphrase_answer: float = field(default=0.80, metadata={"help": "and of the answers"})
     semantic: bool = field(default=True, metadata={"help": "level 2: paraphrases, clusters"})
     outlier: float = field(default=0.0, metadata={"help": "share of rows farthest from their cluster to drop"})
     drop_personal: bool = field(default=False, metadata={"help": "drop rows with personal data; else they are counted"})

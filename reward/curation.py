@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from reward.duplicates import (
     EMBED_CHARS,
+    START_CHARS,
     Row,
     clusters,
     exact_duplicates,
@@ -54,7 +55,7 @@ class CurationRules:
     languages: tuple[str, ...] = ("en",)
     max_chars: int = 20_000
     near_duplicate: float = 0.7
-    paraphrase: tuple[float, float] = (0.75, 0.85)
+    paraphrase: tuple[float, float] = (0.75, 0.80)
     outlier: float = 0.0
     drop_personal: bool = False
 
@@ -106,7 +107,7 @@ def curate(
     cluster_N = np.full(len(rows), -1)
     staying = _staying(drops)
     if embed is not None and len(staying) > 1:
-        texts = [f"{rows[n].prompt[: EMBED_CHARS // 2]}\n{rows[n].answer[: EMBED_CHARS // 2]}" for n in staying]
+        texts = [f"{rows[n].prompt[:START_CHARS]}\n{rows[n].answer[:START_CHARS]}" for n in staying]
         vector_ND = embed(texts).astype(np.float16)
         label_N, distance_N = clusters(vector_ND, seed=seed)
         cluster_N[staying] = label_N

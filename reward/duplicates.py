@@ -20,6 +20,7 @@ SHINGLE = 3  # words
 PERMUTATIONS = 64
 CLUSTER_SIZE = 200  # rows that a cluster has on average
 EMBED_CHARS = 400  # of a text: what it is about stands at its start
+START_CHARS = 150  # of prompt and of answer, where every row is embedded: nearly all of the time goes there
 LIKE = 0.8  # cosine of two rows, prompt and answer together, from which they are looked at more closely
 
 Found = tuple[int, int, str, str]
