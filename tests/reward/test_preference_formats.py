@@ -105,7 +105,7 @@ def test_rows_without_a_pair_are_counted(row, why):
 
 
 def test_what_breaks_its_own_format_is_named():
-    with pytest.raises(ValueError, match=r"data:1: no prompt field, and the texts are no transcripts"):
+    with pytest.raises(ValueError, match=r"data:1: field 'prompt' is missing"):
         parse({"chosen": "The sky is blue.", "rejected": "The sky is green."})
     with pytest.raises(ValueError, match=r"data:1: margin=-1 must be"):
         parse(ROWS["texts"] | {"margin": -1})
