@@ -52,7 +52,7 @@ from align.watch import Grader, grader_watch, rollout_watch
 from policy_models.chat import encode_prompts, sample_answers
 from policy_models.loading import load_tokenizer, resolve_model_source
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
-from policy_models.router import router_load
+from policy_models.balance import router_load
 from reward import CompositeReward, Reward, Scaling, statistics
 from reward.learned import LearnedPreference
 
@@ -456,14 +456,18 @@ class PPO:
         )
         pack = pack_rows(batch.prompt_ids, batch.answer_ids, batch.keep, rows, self.tokenizer.pad_token_id)
         with self.actors.policy() as model:
-            logits = model.base_model(
+            routed = model.base_model(
                 input_ids=pack.input_ids,
                 attention_mask=pack.attention_mask,
                 position_ids=pack.position_ids,
                 output_router_logits=True,
                 use_cache=False,
-            ).router_logits
-        chosen = [layer.topk(model.config.num_experts_per_tok, dim=-1).indices for layer in logits]
+                **({"output_router_indices": True} if model.config.model_type == "moe_policy" else {}),
+            )
+        logits = routed.router_logits
+        chosen = getattr(routed, "router_indices", None)
+        if chosen is None:  # another architecture: all of them take the highest logits
+            chosen = [layer.topk(model.config.num_experts_per_tok, dim=-1).indices for layer in logits]
         load = router_load(logits, chosen, pack.attention_mask.bool())
         layers = getattr(self.actors.lm.config, "moe_layers", None) or list(range(len(logits)))
         return {"moe/load": load.share_LE.tolist(), "moe/layers": layers, **load.metrics()}

@@ -322,7 +322,7 @@ def _active_lora(linear: Any) -> Iterator[tuple[Tensor, Tensor, float]]:
 def _mlp(mlp: Any, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     if not hasattr(mlp, "experts"):
         return _DenseMLP(mlp, dtype)
-    plain = isinstance(getattr(mlp.experts, "gate_up_proj", None), nn.Parameter)
+    plain = isinstance(getattr(mlp.experts, "gate_up_proj", None), nn.Parameter) and not hasattr(mlp, "shared_expert")
     if plain and _packing_pays(mlp.experts.gate_up_proj, dtype):
         return _PackedExperts(mlp, dtype)
     return _ModuleMLP(mlp, dtype)

@@ -37,9 +37,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .balance import load_balancing_loss, load_penalty, router_z_loss
 from .configuration import MoEPolicyConfig
 from .experts import DEFAULT_EXPERTS
-from .router import SoftmaxTopKRouter, load_balancing_loss, router_z_loss
+from .router import ROUTERS, GroupedRouter, ProgressiveRouter, Router, routers
 
 
 class MoEPolicyRMSNorm(nn.Module):
@@ -148,13 +149,13 @@ class MoEPolicyAttention(nn.Module):
 
 
 class MoEPolicyMLP(nn.Module):
-    """Dense SwiGLU MLP (arXiv:2002.05202), for the layers without experts."""
+    """Dense SwiGLU MLP (arXiv:2002.05202): layers without experts, and the shared expert."""
 
-    def __init__(self, config: MoEPolicyConfig) -> None:
+    def __init__(self, config: MoEPolicyConfig, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, x_BSD: Tensor) -> Tensor:
@@ -186,34 +187,48 @@ class MoEPolicyExperts(nn.Module):
 
 
 class MoEPolicyMoE(nn.Module):
-    """Router and experts in the place of one MLP."""
+    """Router and experts in the place of one MLP, with an optional shared expert that serves every token."""
 
     def __init__(self, config: MoEPolicyConfig) -> None:
         super().__init__()
-        # `gate` and `experts` are the names that checkpoints of Qwen3-MoE and their readers use.
-        self.gate = SoftmaxTopKRouter(
-            config.hidden_size, config.num_experts, config.num_experts_per_tok, renormalise=config.norm_topk_prob
-        )
+        # `gate`, `experts`, `shared_expert` are the names in checkpoints of Qwen2-MoE and Qwen3-MoE and their readers.
+        self.gate = ROUTERS[config.router](config)
         self.experts = MoEPolicyExperts(config)
+        self.has_shared = config.shared_expert_intermediate_size > 0
+        if self.has_shared:
+            self.shared_expert = MoEPolicyMLP(config, config.shared_expert_intermediate_size)
+            self.shared_expert_gate = nn.Parameter(torch.empty(1, config.hidden_size))
+            self.renormalise = config.norm_topk_prob
+            if config.router == "capacity":
+                self.experts._is_expert_parallel = True  # every back end skips slots of index E under this flag
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor, keep_BS: Tensor | None = None) -> Tensor:
+        """sum_k w_k expert_k(x) + (2 sigmoid(g x) + part of slots that overflowed) shared(x)."""
         x_TD = x_BSD.flatten(0, 1)
-        _, weights_TK, indices_TK = self.gate(x_TD)
-        return self.experts(x_TD, indices_TK, weights_TK).view_as(x_BSD)
+        _, weights_TK, indices_TK = self.gate(x_TD, None if keep_BS is None else keep_BS.flatten())
+        out_TD = self.experts(x_TD, indices_TK, weights_TK)
+        if self.has_shared:
+            lost_T1 = (indices_TK == self.experts.num_experts).float().mean(-1, keepdim=True)
+            with torch.autocast(x_TD.device.type, enabled=False):
+                weight_T1 = 2 * F.linear(x_TD.float(), self.shared_expert_gate.float()).sigmoid() + lost_T1
+            out_TD = out_TD + (weight_T1 * self.shared_expert(x_TD)).to(out_TD.dtype)
+        return out_TD.view_as(x_BSD)
 
 
 class MoEPolicyDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MoEPolicyConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = MoEPolicyAttention(config, layer_idx)
-        self.mlp = MoEPolicyMoE(config) if layer_idx in config.moe_layers else MoEPolicyMLP(config)
+        self.has_experts = layer_idx in config.moe_layers
+        self.mlp = MoEPolicyMoE(config) if self.has_experts else MoEPolicyMLP(config, config.intermediate_size)
         self.input_layernorm = MoEPolicyRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = MoEPolicyRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(self, hidden_states: Tensor, keep_BS: Tensor | None = None, **kwargs) -> Tensor:
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        normed = self.post_attention_layernorm(hidden_states)
+        return hidden_states + (self.mlp(normed, keep_BS) if self.has_experts else self.mlp(normed))
 
 
 class MoEPolicyPreTrainedModel(PreTrainedModel):
@@ -228,8 +243,8 @@ class MoEPolicyPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Each becomes a flag `output_<name>` of the base model's forward.
     _can_record_outputs = {
-        "router_logits": OutputRecorder(SoftmaxTopKRouter, index=0),
-        "router_indices": OutputRecorder(SoftmaxTopKRouter, index=2),
+        "router_logits": OutputRecorder(Router, index=0),
+        "router_indices": OutputRecorder(Router, index=2),
         "hidden_states": MoEPolicyDecoderLayer,
         "attentions": MoEPolicyAttention,
     }
@@ -244,8 +259,15 @@ class MoEPolicyPreTrainedModel(PreTrainedModel):
         if isinstance(module, MoEPolicyExperts):
             init.normal_(module.gate_up_proj, std=std)
             init.normal_(module.down_proj, std=std)
-        elif isinstance(module, SoftmaxTopKRouter):
+        elif isinstance(module, Router):
             init.normal_(module.weight, std=std)
+            if isinstance(module, ProgressiveRouter):
+                init.normal_(module.reduce, std=std)
+                init.zeros_(module.refine)
+            if isinstance(module, GroupedRouter):
+                init.normal_(module.group_weight, std=std)
+        elif isinstance(module, MoEPolicyMoE) and module.has_shared:
+            init.zeros_(module.shared_expert_gate)
         elif isinstance(module, ScalarHead):
             init.normal_(module.weight, std=scalar_head_std(module.in_features))
 
@@ -309,9 +331,11 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
+        keep_BS = _kept(attention_mask, inputs_embeds)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
+                keep_BS=keep_BS,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
@@ -322,30 +346,30 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
         return MoEPolicyModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
     def router_aux_loss(self, outputs: MoEPolicyModelOutput, attention_mask: Tensor | None) -> Tensor:
-        """Load-balancing loss plus the z-loss, scaled so that `router_aux_loss_coef` times it is the whole charge.
+        """Load-balancing loss, z-loss and load penalty, scaled so that `router_aux_loss_coef` times it is the charge.
 
         Trainers that read `outputs.aux_loss` (TRL's GRPO) multiply it by that coefficient themselves; with the
-        coefficient at 0 no one would add the z-loss, and it is left out. TRL's SFT and DPO call the base model alone
+        coefficient at 0 no one would add the others, and they are left out. TRL's SFT and DPO call the base model alone
         and take transformers' form, pooled over layers and without z-loss, from `router_logits`. Padding does not
         count, if `attention_mask` is 2-D.
         """
         logits, indices = outputs.router_logits, outputs.router_indices
         assert logits and indices and outputs.last_hidden_state is not None
-        router = next(module for module in self.modules() if isinstance(module, SoftmaxTopKRouter))
-        if torch.is_grad_enabled() and router.weight.requires_grad and not logits[0].requires_grad:
+        learning = routers(self)
+        if torch.is_grad_enabled() and learning[0].weight.requires_grad and not logits[0].requires_grad:
             raise ValueError(
                 "reentrant gradient checkpointing cuts the router losses off from the routers; "
                 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        keep_BS = None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            batch_size, length = outputs.last_hidden_state.shape[:2]
-            keep_BS = attention_mask[:, -length:].bool()  # with a cache the mask also covers what came before
-            assert keep_BS.shape == (batch_size, length)
-        loss = load_balancing_loss(logits, indices, keep_BS)
-        if self.config.router_aux_loss_coef and self.config.router_z_loss_coef:
-            scale = self.config.router_z_loss_coef / self.config.router_aux_loss_coef
-            loss = loss + scale * router_z_loss(logits, keep_BS)
+        keep_BS = _kept(attention_mask, outputs.last_hidden_state)
+        window = [router.window_E for router in learning if router.window_E is not None] if self.training else []
+        loss = load_balancing_loss(logits, indices, keep_BS, window or None)
+        coef = self.config.router_aux_loss_coef
+        if coef and self.config.router_z_loss_coef:
+            loss = loss + self.config.router_z_loss_coef / coef * router_z_loss(logits, keep_BS)
+        if coef and self.config.router_load_penalty_coef:
+            penalty = load_penalty(logits, indices, keep_BS, capacity=self.config.router_capacity_factor)
+            loss = loss + self.config.router_load_penalty_coef / coef * penalty
         return loss
 
 
@@ -516,6 +540,13 @@ def _positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length
         kept = attention_mask.long()
         return (kept.cumsum(-1) - kept)[:, -length:]
     return (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
+
+
+def _kept(attention_mask: Tensor | None, hidden_BSD: Tensor) -> Tensor | None:
+    """(B, S) bool of the tokens that are no padding; None where no 2-D mask says."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -hidden_BSD.shape[1] :].to(hidden_BSD.device).bool()  # a cache's mask covers the past too
 
 
 def _last_kept(
