@@ -16,6 +16,12 @@ class MoEPolicyConfig(PreTrainedConfig):
         attention_bias: a bias on the query, key and value projections (Qwen2 and Llama with `attention_bias`).
         attention_output_bias: a bias on the output projection (Llama with `attention_bias`).
         qk_norm: RMS norm over each head of queries and keys before the rotation (Qwen3).
+        attention_gate: each head's output times 2 sigmoid(g(x)), 1 at first (after arXiv:2505.06708).
+        attention_pattern: "full", "sparse" or "local_global"; see policy_models/patterns.py.
+        attention_window: positions, its own included, that a token sees under the other two patterns.
+        attention_globals: tokens outside the window that "sparse" chooses for each query.
+        attention_index_heads: heads of the scorer that chooses them.
+        attention_stride: every position that is a multiple of it is global under "local_global".
         num_experts: experts in each layer that has experts.
         num_experts_per_tok: experts that each token goes through, 1 to `num_experts`.
         moe_layers: indices of the layers with experts; None is all. The others keep a dense MLP of `intermediate_size`.
@@ -88,6 +94,12 @@ class MoEPolicyConfig(PreTrainedConfig):
     attention_output_bias: bool = False
     attention_dropout: float = 0.0
     qk_norm: bool = False
+    attention_gate: bool = False
+    attention_pattern: str = "full"
+    attention_window: int = 256
+    attention_globals: int = 64
+    attention_index_heads: int = 2
+    attention_stride: int = 128
     num_experts: int = 4
     num_experts_per_tok: int = 2
     moe_layers: list[int] = None  # type: ignore[assignment]
@@ -143,6 +155,11 @@ class MoEPolicyConfig(PreTrainedConfig):
             "num_key_value_heads",
             "head_dim",
             "num_experts",
+            "attention_window",
+            "attention_globals",
+            "attention_index_heads",
+            "attention_stride",
+            "router_refine_size",
         ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -153,6 +170,8 @@ class MoEPolicyConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(f"{self.head_dim=} is odd; rotary embeddings turn pairs of values, so use an even one")
+        if self.attention_pattern not in ("full", "sparse", "local_global"):
+            raise ValueError(f"{self.attention_pattern=} is not one of full, sparse, local_global")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(f"{self.num_experts_per_tok=} must lie between 1 and {self.num_experts=}")
         if not self.moe_layers:
@@ -181,8 +200,6 @@ class MoEPolicyConfig(PreTrainedConfig):
             raise ValueError(
                 f"{self.router_candidates=} must lie between {self.num_experts_per_tok=} and {self.num_experts=}"
             )
-        if self.router_refine_size < 1:
-            raise ValueError(f"{self.router_refine_size=} must be at least 1")
         if (self.router == "grouped") != (self.expert_groups is not None):
             raise ValueError(f"{self.expert_groups=} goes with router='grouped' and only with it, not {self.router=}")
         if self.expert_groups is not None:

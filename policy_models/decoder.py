@@ -481,6 +481,8 @@ def _config_problem(config: Any, num_positions: int) -> str | None:
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     if window is not None and slides and num_positions > window:
         return f"{num_positions} positions do not fit the sliding window of {window}"
+    if getattr(config, "attention_pattern", "full") != "full":
+        return f"attention pattern {config.attention_pattern!r} has masks of its own"
     attention = config._attn_implementation
     if attention not in ("eager", "sdpa", PACKED) and "flash" not in attention:
         return f"attention implementation {attention!r} may not be plain causal attention"

@@ -13,8 +13,6 @@ Departs from Llama in transformers:
 B batch, S positions, D width, H query heads, G key/value heads, C width of a head, T flat tokens, K experts a token.
 """
 
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,72 +31,28 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel, slice_logits_to_keep
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import PACKED
 from .balance import load_balancing_loss, load_penalty, router_z_loss
 from .configuration import MoEPolicyConfig
 from .experts import DEFAULT_EXPERTS
+from .layers import (
+    MoEPolicyMLP,
+    MoEPolicyRMSNorm,
+    MoEPolicyRotaryEmbedding,
+    ScalarHead,
+    eager_attention,
+    rotate,
+    scalar_head_std,
+)
+from .patterns import Selector, Sight, sight
 from .router import ROUTERS, GroupedRouter, ProgressiveRouter, Router, routers
 
 
-class MoEPolicyRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32 (arXiv:1910.07467)."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
-
-
-class MoEPolicyRotaryEmbedding(LlamaRotaryEmbedding):
-    """Llama's rotary angles (every `rope_type` of transformers), whose frequencies no cast can touch."""
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> "MoEPolicyRotaryEmbedding":
-        kept = self.inv_freq, self.original_inv_freq
-        super()._apply(fn, recurse)
-        if self.inv_freq.dtype != torch.float32:  # .to(bfloat16), .half(): keep the move, undo the rounding
-            for buffer, freq in zip(("inv_freq", "original_inv_freq"), kept, strict=True):
-                setattr(self, buffer, freq.to(self.inv_freq.device))
-        return self
-
-
-def rotate(x_BHSC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:
-    """Turn the pairs (x[c], x[c + C/2]) by their angles (RoPE, arXiv:2104.09864, in Llama's half-split order)."""
-    first, second = x_BHSC.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x_BHSC * cos_BSC[:, None] + turned * sin_BSC[:, None]
-
-
-def eager_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs,
-) -> tuple[Tensor, Tensor]:
-    """The specification of the attention back ends: (B, H, S, C) queries, additive mask -> (B, S, H, C), weights."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(-2, -1) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
 class MoEPolicyAttention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary positions; optionally sparse (patterns.py), and gated by head."""
 
     def __init__(self, config: MoEPolicyConfig, layer_idx: int) -> None:
         super().__init__()
@@ -116,12 +70,16 @@ class MoEPolicyAttention(nn.Module):
         if config.qk_norm:
             self.q_norm = MoEPolicyRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = MoEPolicyRMSNorm(config.head_dim, config.rms_norm_eps)
+        if config.attention_gate:
+            self.g_proj = nn.Linear(width, config.num_attention_heads)
+        if config.attention_pattern == "sparse":
+            self.selector = Selector(config)
 
     def forward(
         self,
         x_BSD: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Sight | None,
         past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
@@ -131,8 +89,20 @@ class MoEPolicyAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, S, C)
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        sparse = self.config.attention_pattern == "sparse"
+        if sparse:  # the selector's key is cached as one more key head
+            index_key = self.selector.key(x_BSD)[:, None]
+            key, value = torch.cat((key, index_key), 1), torch.cat((value, torch.zeros_like(index_key)), 1)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
+        if sparse:
+            index_key, key, value = key[:, -1], key[:, :-1], value[:, :-1]
+        if isinstance(attention_mask, Sight):
+            seen = attention_mask.widened(key.shape[2])
+            attention_mask = seen.near
+            if self.config._attn_implementation == "eager":
+                attention_mask = torch.zeros_like(seen.near, dtype=query.dtype)
+                attention_mask = attention_mask.masked_fill(~seen.near, torch.finfo(query.dtype).min)
 
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         out_BSHC, weights = attend(
@@ -145,21 +115,13 @@ class MoEPolicyAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
+        if sparse:
+            mask, part_BSH = self.selector(x_BSD, index_key, seen.far)
+            far_BSHC, _ = eager_attention(self, query, key, value, mask, self.scaling)
+            out_BSHC = torch.lerp(out_BSHC, far_BSHC, part_BSH[..., None].to(out_BSHC.dtype))
+        if self.config.attention_gate:
+            out_BSHC = out_BSHC * (2 * self.g_proj(x_BSD).sigmoid())[..., None]
         return self.o_proj(out_BSHC.flatten(2)), weights
-
-
-class MoEPolicyMLP(nn.Module):
-    """Dense SwiGLU MLP (arXiv:2002.05202): layers without experts, and the shared expert."""
-
-    def __init__(self, config: MoEPolicyConfig, inner: int) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x_BSD)) * self.up_proj(x_BSD))
 
 
 @use_experts_implementation
@@ -268,6 +230,12 @@ class MoEPolicyPreTrainedModel(PreTrainedModel):
                 init.normal_(module.group_weight, std=std)
         elif isinstance(module, MoEPolicyMoE) and module.has_shared:
             init.zeros_(module.shared_expert_gate)
+        elif isinstance(module, MoEPolicyAttention) and self.config.attention_gate:
+            init.zeros_(module.g_proj.weight)
+            init.zeros_(module.g_proj.bias)
+        elif isinstance(module, Selector):
+            init.zeros_(module.fusion.weight)
+            init.zeros_(module.fusion.bias)
         elif isinstance(module, ScalarHead):
             init.normal_(module.weight, std=scalar_head_std(module.in_features))
 
@@ -319,13 +287,19 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = _positions(attention_mask, inputs_embeds, past_length)
 
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        causal_mask: Tensor | Sight | None
+        if self.config.attention_pattern == "full":
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+        else:
+            self._check_takes_masks()
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            causal_mask = sight(self.config, attention_mask, position_ids, len(inputs_embeds), int(past_length))
         # After the mask: with a cache, even an empty one, transformers no longer looks for packed sequences.
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -344,6 +318,14 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
                 **kwargs,
             )
         return MoEPolicyModelOutput(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_takes_masks(self) -> None:
+        implementation = self.config._attn_implementation
+        if implementation not in ("eager", "sdpa", PACKED):
+            raise ValueError(
+                f"attention_pattern={self.config.attention_pattern!r} needs a mask that {implementation!r} does not "
+                f"take; use eager, sdpa or {PACKED}"
+            )
 
     def router_aux_loss(self, outputs: MoEPolicyModelOutput, attention_mask: Tensor | None) -> Tensor:
         """Load-balancing loss, z-loss and load penalty, scaled so that `router_aux_loss_coef` times it is the charge.
@@ -457,19 +439,6 @@ class MoESequenceClassifierOutput(SequenceClassifierOutputWithPast):
 
     aux_loss: Tensor | None = None
     router_logits: tuple[Tensor, ...] | None = None
-
-
-class ScalarHead(nn.Linear):
-    """A linear layer without bias that computes in fp32 whatever its weights and autocast are."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float())
-
-
-def scalar_head_std(hidden_size: int) -> float:
-    """Standard deviation of a new reward head's weights: 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325)."""
-    return 1 / math.sqrt(hidden_size + 1)
 
 
 class MoEPolicyForSequenceClassification(MoEPolicyPreTrainedModel):

@@ -36,7 +36,12 @@ def make_router(kind="softmax", *, width=8, num_experts=8, top_k=2, std=1.0, **o
     torch.manual_seed(0)
     options = OPTIONS[kind] | options
     config = MoEPolicyConfig(
-        router=kind, num_experts=num_experts, num_experts_per_tok=top_k, hidden_size=width, num_attention_heads=1, **options
+        router=kind,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        hidden_size=width,
+        num_attention_heads=1,
+        **options,
     )
     router = ROUTERS[kind](config)
     with torch.no_grad():
