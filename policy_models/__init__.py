@@ -10,6 +10,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from . import kernels  # noqa: F401  # registers its back end; imports no triton
 from .configuration import MoEPolicyConfig
 from .loading import load_policy, load_scalar_model, load_tokenizer, model_summary, resolve_model_source
 from .modeling import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel

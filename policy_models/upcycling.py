@@ -189,8 +189,8 @@ def _moe_weights(
                 weights[f"{mlp}.shared_expert.{name}_proj.weight"] = weight
         # expert copy * granularity + slice
         sliced = [torch.cat(part) for part in zip(gate.chunk(granularity), up.chunk(granularity), strict=True)]
-        gate_up = torch.stack(sliced).repeat(num_copies, 1, 1)
-        downs = torch.stack(down.chunk(granularity, dim=1)).repeat(num_copies, 1, 1)
+        gate_up = _copies(torch.stack(sliced), num_copies)
+        downs = _copies(torch.stack(down.chunk(granularity, dim=1)), num_copies)
         if config.shared_expert_intermediate_size:
             downs = torch.zeros_like(downs)
         weights[f"{mlp}.experts.gate_up_proj"] = _noisy(gate_up, noise, rng)
@@ -198,6 +198,11 @@ def _moe_weights(
         router = torch.randn(num_copies, config.hidden_size, generator=rng) * router_std
         weights[f"{mlp}.gate.weight"] = router.repeat_interleave(granularity, dim=0).to(down)
     return weights
+
+
+def _copies(slices: Tensor, count: int) -> Tensor:
+    # whole copies as a view: one layer's experts exist once until the model takes them
+    return slices.expand(count, -1, -1) if len(slices) == 1 else slices.repeat(count, 1, 1)
 
 
 def _noisy(weight: Tensor, noise: float, rng: torch.Generator) -> Tensor:
