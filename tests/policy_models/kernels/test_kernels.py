@@ -12,9 +12,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if kernels_run_on(DEVICE) is not None:
     pytest.skip(kernels_run_on(DEVICE), allow_module_level=True)
 
-from policy_models.kernels import experts as ours
-from policy_models.kernels import grouped
-from policy_models.kernels.logprob import linear_logprob
+from policy_models.kernels import experts as ours  # noqa: E402
+from policy_models.kernels import grouped  # noqa: E402
+from policy_models.kernels.logprob import linear_logprob  # noqa: E402
 
 WIDTH, INNER, NUM_EXPERTS = 19, 21, 4  # odd, and more than one tile of the interpreter
 
