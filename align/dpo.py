@@ -24,6 +24,7 @@ from align.launch import STARTER, open_run, parse_settings, resolve_path, traine
 from align.preferences import read_preferences, split_pairs
 from align.tracking import MetricsCallback, StopOnNonFinite
 from policy_models.loading import load_tokenizer, resolve_model_source
+from policy_models.router import RouterBalance
 
 
 @dataclass(kw_only=True)
@@ -72,7 +73,7 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
         eval_dataset=dataset(held_out) if held_out and args.eval_strategy != "no" else None,
         processing_class=tokenizer,
         peft_config=settings.lora_config(model),
-        callbacks=[MetricsCallback(run)],
+        callbacks=[MetricsCallback(run), RouterBalance()],
     )
     score_answers_only(trainer.model)
     trainer.train()

@@ -32,6 +32,7 @@ from align.tracking import MetricsCallback, StopOnNonFinite
 from eval.intervals import wilson
 from policy_models.attention import default_attention
 from policy_models.loading import load_scalar_model, load_tokenizer, resolve_model_source
+from policy_models.router import RouterBalance
 from reward.learned import SCALING_FILE, LearnedPreference
 
 
@@ -80,7 +81,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=settings.lora_config(model, task_type="SEQ_CLS"),
-        callbacks=[MetricsCallback(run)],
+        callbacks=[MetricsCallback(run), RouterBalance()],
     )
     trainer.train()
     save_merged(trainer, settings, run, tokenizer, scalar=True)

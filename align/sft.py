@@ -24,6 +24,7 @@ from align.launch import STARTER, open_run, parse_settings, resolve_path, traine
 from align.preferences import read_sft
 from align.tracking import MetricsCallback, StopOnNonFinite
 from policy_models.loading import load_tokenizer, resolve_model_source
+from policy_models.router import RouterBalance
 
 
 @dataclass(kw_only=True)
@@ -56,7 +57,7 @@ def train(settings: SFTSettings, args: SFTConfig) -> Path:
         eval_dataset=Dataset.from_list(eval_rows) if eval_rows else None,
         processing_class=tokenizer,
         peft_config=settings.lora_config(model),
-        callbacks=[MetricsCallback(run)],
+        callbacks=[MetricsCallback(run), RouterBalance()],
     )
     score_answers_only(trainer.model)
     trainer.train()

@@ -40,6 +40,8 @@ class UpcycleSettings:
     attention_gate: bool = field(default=False, metadata={"help": "a gate on each attention head, 1 at first"})
     attention_pattern: str = field(default="full", metadata={"help": "full, sparse or local_global"})
     attention_window: int = field(default=256, metadata={"help": "tokens that sparse and local_global see around them"})
+    attention_globals: int = field(default=64, metadata={"help": "far tokens that sparse chooses for each query"})
+    attention_stride: int = field(default=128, metadata={"help": "every such position is global under local_global"})
     every: int = field(default=1, metadata={"help": "one layer in this many gets experts; 1: all"})
     dtype: str = field(default="auto", metadata={"help": "of the weights: auto, bfloat16 or float32"})
     seed: int = field(default=0, metadata={"help": "of the routers"})
@@ -64,6 +66,8 @@ def run(settings: UpcycleSettings) -> Path:
         attention_gate=settings.attention_gate,
         attention_pattern=settings.attention_pattern,
         attention_window=settings.attention_window,
+        attention_globals=settings.attention_globals,
+        attention_stride=settings.attention_stride,
     )
     folder = Path(settings.output_dir)
     policy.save_pretrained(folder)
