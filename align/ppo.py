@@ -49,10 +49,10 @@ from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_a
 from align.signals import signals
 from align.tracking import Metrics, speed, stop_on_non_finite, trl_names, write_rows
 from align.watch import Grader, grader_watch, rollout_watch
+from policy_models.balance import router_load
 from policy_models.chat import encode_prompts, sample_answers
 from policy_models.loading import load_tokenizer, resolve_model_source
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
-from policy_models.balance import router_load
 from reward import CompositeReward, Reward, Scaling, statistics
 from reward.learned import LearnedPreference
 

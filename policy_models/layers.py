@@ -1,4 +1,4 @@
-"""The plain parts of the policy: norm, rotary positions, attention written out, dense MLP, scalar head.
+"""The plain parts of the policy: norm, rotary positions, attention written out, dense MLP, scalar head, positions.
 
 B batch, S positions, D width, H query heads, C width of a head.
 """
@@ -94,3 +94,34 @@ class ScalarHead(nn.Linear):
 def scalar_head_std(hidden_size: int) -> float:
     """Standard deviation of a new reward head's weights: 1 / sqrt(D + 1) (Stiennon et al., arXiv:2009.01325)."""
     return 1 / math.sqrt(hidden_size + 1)
+
+
+def count_positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int) -> Tensor:
+    """(B, S) positions: the number of kept tokens before each, or a plain count without a 2-D mask."""
+    length = inputs_embeds.shape[1]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        kept = attention_mask.long()
+        return (kept.cumsum(-1) - kept)[:, -length:]
+    return (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
+
+
+def kept_tokens(attention_mask: Tensor | None, hidden_BSD: Tensor) -> Tensor | None:
+    """(B, S) bool of the tokens that are no padding; None where no 2-D mask says."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -hidden_BSD.shape[1] :].to(hidden_BSD.device).bool()  # a cache's mask covers the past too
+
+
+def last_kept(
+    hidden_BSD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_token_id: int | None
+) -> tuple[Tensor, Tensor]:
+    """Index (B,) of the last kept position, and whether (B,) there is one."""
+    batch_size, length = hidden_BSD.shape[:2]
+    if attention_mask is not None and attention_mask.dim() == 2:
+        keep_BS = attention_mask[:, -length:].to(hidden_BSD.device).bool()
+    elif input_ids is not None and pad_token_id is not None:
+        keep_BS = (input_ids != pad_token_id).to(hidden_BSD.device)
+    else:
+        keep_BS = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_BSD.device)
+    position_S = torch.arange(length, device=hidden_BSD.device)
+    return (position_S * keep_BS).argmax(-1), keep_BS.any(-1)

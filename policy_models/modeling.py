@@ -43,12 +43,15 @@ from .layers import (
     MoEPolicyRMSNorm,
     MoEPolicyRotaryEmbedding,
     ScalarHead,
+    count_positions,
     eager_attention,
+    kept_tokens,
+    last_kept,
     rotate,
     scalar_head_std,
 )
 from .patterns import Selector, Sight, sight
-from .router import ROUTERS, GroupedRouter, ProgressiveRouter, Router, routers
+from .router import ROUTERS, Router, routers
 
 
 class MoEPolicyAttention(nn.Module):
@@ -160,7 +163,6 @@ class MoEPolicyMoE(nn.Module):
         if self.has_shared:
             self.shared_expert = MoEPolicyMLP(config, config.shared_expert_intermediate_size)
             self.shared_expert_gate = nn.Parameter(torch.empty(1, config.hidden_size))
-            self.renormalise = config.norm_topk_prob
             if config.router == "capacity":
                 self.experts._is_expert_parallel = True  # every back end skips slots of index E under this flag
 
@@ -199,6 +201,7 @@ class MoEPolicyPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MoEPolicyDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "load_E"]  # steps of 1e-3 drown in bf16
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -221,21 +224,13 @@ class MoEPolicyPreTrainedModel(PreTrainedModel):
         if isinstance(module, MoEPolicyExperts):
             init.normal_(module.gate_up_proj, std=std)
             init.normal_(module.down_proj, std=std)
-        elif isinstance(module, Router):
-            init.normal_(module.weight, std=std)
-            if isinstance(module, ProgressiveRouter):
-                init.normal_(module.reduce, std=std)
-                init.zeros_(module.refine)
-            if isinstance(module, GroupedRouter):
-                init.normal_(module.group_weight, std=std)
+        elif isinstance(module, (Router, Selector)):
+            module.init_weights(std)
         elif isinstance(module, MoEPolicyMoE) and module.has_shared:
             init.zeros_(module.shared_expert_gate)
         elif isinstance(module, MoEPolicyAttention) and self.config.attention_gate:
             init.zeros_(module.g_proj.weight)
             init.zeros_(module.g_proj.bias)
-        elif isinstance(module, Selector):
-            init.zeros_(module.fusion.weight)
-            init.zeros_(module.fusion.bias)
         elif isinstance(module, ScalarHead):
             init.normal_(module.weight, std=scalar_head_std(module.in_features))
 
@@ -285,7 +280,7 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
-            position_ids = _positions(attention_mask, inputs_embeds, past_length)
+            position_ids = count_positions(attention_mask, inputs_embeds, past_length)
 
         causal_mask: Tensor | Sight | None
         if self.config.attention_pattern == "full":
@@ -305,7 +300,7 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         hidden_states = inputs_embeds
-        keep_BS = _kept(attention_mask, inputs_embeds)
+        keep_BS = kept_tokens(attention_mask, inputs_embeds)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -343,7 +338,7 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
                 "reentrant gradient checkpointing cuts the router losses off from the routers; "
                 'use gradient_checkpointing_kwargs={"use_reentrant": False}'
             )
-        keep_BS = _kept(attention_mask, outputs.last_hidden_state)
+        keep_BS = kept_tokens(attention_mask, outputs.last_hidden_state)
         window = [router.window_E for router in learning if router.window_E is not None] if self.training else []
         loss = load_balancing_loss(logits, indices, keep_BS, window or None)
         coef = self.config.router_aux_loss_coef
@@ -481,7 +476,7 @@ class MoEPolicyForSequenceClassification(MoEPolicyPreTrainedModel):
             **kwargs,
         )
         hidden_BSD = outputs.last_hidden_state
-        last_B, found_B = _last_kept(hidden_BSD, input_ids, attention_mask, self.config.pad_token_id)
+        last_B, found_B = last_kept(hidden_BSD, input_ids, attention_mask, self.config.pad_token_id)
         scores = self.score(hidden_BSD[torch.arange(hidden_BSD.shape[0], device=hidden_BSD.device), last_B])
         scores = scores.masked_fill(~found_B[:, None], torch.nan)
 
@@ -500,34 +495,3 @@ class MoEPolicyForSequenceClassification(MoEPolicyPreTrainedModel):
             aux_loss=aux_loss,
             router_logits=outputs.router_logits if output_router_logits else None,
         )
-
-
-def _positions(attention_mask: Tensor | None, inputs_embeds: Tensor, past_length: int) -> Tensor:
-    """(B, S) positions: the number of kept tokens before each, or a plain count without a 2-D mask."""
-    length = inputs_embeds.shape[1]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        kept = attention_mask.long()
-        return (kept.cumsum(-1) - kept)[:, -length:]
-    return (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
-
-
-def _kept(attention_mask: Tensor | None, hidden_BSD: Tensor) -> Tensor | None:
-    """(B, S) bool of the tokens that are no padding; None where no 2-D mask says."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -hidden_BSD.shape[1] :].to(hidden_BSD.device).bool()  # a cache's mask covers the past too
-
-
-def _last_kept(
-    hidden_BSD: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, pad_token_id: int | None
-) -> tuple[Tensor, Tensor]:
-    """Index (B,) of the last kept position, and whether (B,) there is one."""
-    batch_size, length = hidden_BSD.shape[:2]
-    if attention_mask is not None and attention_mask.dim() == 2:
-        keep_BS = attention_mask[:, -length:].to(hidden_BSD.device).bool()
-    elif input_ids is not None and pad_token_id is not None:
-        keep_BS = (input_ids != pad_token_id).to(hidden_BSD.device)
-    else:
-        keep_BS = torch.ones(batch_size, length, dtype=torch.bool, device=hidden_BSD.device)
-    position_S = torch.arange(length, device=hidden_BSD.device)
-    return (position_S * keep_BS).argmax(-1), keep_BS.any(-1)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from .configuration import MoEPolicyConfig
 
@@ -95,6 +96,11 @@ class Selector(nn.Module):
         self.key = nn.Linear(config.hidden_size, config.head_dim, bias=False)
         self.head_weight = nn.Linear(config.hidden_size, config.attention_index_heads, bias=False)
         self.fusion = nn.Linear(config.hidden_size, config.num_attention_heads)  # starts even: sigmoid(0) = 1/2
+
+    def init_weights(self, std: float) -> None:
+        """Of a new selector; its three scorers are linear layers and drawn as those."""
+        init.zeros_(self.fusion.weight)
+        init.zeros_(self.fusion.bias)
 
     def forward(self, x_BSD: Tensor, key_BLC: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
         """Additive mask (B, 1, S, L) fp32 of the global branch, and its part (B, S, H) in the output, 0 to 1.

@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
+from transformers import initialization as init
 
 from .configuration import MoEPolicyConfig
 
@@ -68,6 +69,10 @@ class Router(nn.Module):
         if self.records:
             self.recorded_TK = indices_TK.to(torch.int16)
         return logits_TE, weights_TK * self.scale, indices_TK
+
+    def init_weights(self, std: float) -> None:
+        """A new router's weights and buffers."""
+        init.normal_(self.weight, std=std)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         """What an expert is worth to a token, (T, E); the losses read it."""
@@ -146,6 +151,10 @@ class SigmoidRouter(Router):
         self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self._warned = False
 
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.zeros_(self.e_score_correction_bias)
+
     def scores(self, logits_TE: Tensor) -> Tensor:
         return logits_TE.sigmoid()
 
@@ -185,7 +194,7 @@ class CapacityRouter(Router):
         super().__init__(config)
         self.factor = config.router_capacity_factor
         self.has_shared = config.shared_expert_intermediate_size > 0
-        even_E = torch.full((config.num_experts,), 1 / config.num_experts)
+        even_E = torch.full((config.num_experts,), 1 / config.num_experts, dtype=torch.float32)
         self.register_buffer("load_E", even_E)
         self.rerouted = self.overflowed = torch.zeros(())
         warnings.warn(
@@ -193,6 +202,10 @@ class CapacityRouter(Router):
             "evaluation mode is dropless",
             stacklevel=2,
         )
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.constant_(self.load_E, 1 / self.num_experts)
 
     def capacity(self, num_tokens: int) -> Tensor:
         """Slots that each expert takes from a batch of `num_tokens`, (E,)."""
@@ -262,6 +275,11 @@ class ProgressiveRouter(Router):
         self.refine = nn.Parameter(torch.empty(config.num_experts, config.router_refine_size))
         self._candidate_TE: Tensor | None = None  # from `logits` to `choose` of one pass
 
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.normal_(self.reduce, std=std)
+        init.zeros_(self.refine)
+
     def logits(self, x_TD: Tensor) -> Tensor:
         coarse_TE = super().logits(x_TD)
         refinement_TE = F.linear(F.silu(F.linear(x_TD, self.reduce.float())), self.refine.float())
@@ -292,6 +310,10 @@ class GroupedRouter(Router):
         sizes = torch.tensor(list(config.expert_groups.values()))
         self.sizes = sizes.tolist()
         self.group_weight = nn.Parameter(torch.empty(len(sizes), config.hidden_size))
+
+    def init_weights(self, std: float) -> None:
+        super().init_weights(std)
+        init.normal_(self.group_weight, std=std)
 
     def logits(self, x_TD: Tensor) -> Tensor:
         group_TG = F.linear(x_TD, self.group_weight.float())

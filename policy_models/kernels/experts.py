@@ -50,7 +50,7 @@ def _(
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # z has no gradient: not even zeros
 
 
 def _backward(ctx: Any, dout: Tensor, _dz: Tensor) -> tuple:
