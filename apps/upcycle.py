@@ -50,7 +50,6 @@ class UpcycleSettings:
 def run(settings: UpcycleSettings) -> Path:
     """Writes the policy and its tokenizer, and says what it is."""
     dense = load_policy(settings.model, dtype=pick_dtype(settings.dtype))
-    groups = settings.expert_groups
     policy = upcycle(
         dense,
         num_experts=settings.num_experts,
@@ -61,7 +60,7 @@ def run(settings: UpcycleSettings) -> Path:
         noise=settings.noise,
         seed=settings.seed,
         router=settings.router,
-        expert_groups={f"group{i}": n for i, n in enumerate(groups)} if groups else None,
+        expert_groups=settings.expert_groups,
         groups_per_tok=settings.groups_per_tok,
         attention_gate=settings.attention_gate,
         attention_pattern=settings.attention_pattern,

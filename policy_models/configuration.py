@@ -37,7 +37,7 @@ class MoEPolicyConfig(PreTrainedConfig):
         router_candidates: experts that the first stage of "progressive" hands to the second; None is twice
             `num_experts_per_tok`.
         router_refine_size: inner width of the second stage of "progressive".
-        expert_groups: for "grouped", number of experts by name of the group, in order: {"general": 4, "code": 4}.
+        expert_groups: for "grouped", number of experts of each group: [4, 2, 2] for general, code, mathematics, say.
         groups_per_tok: groups that "grouped" lets a token's experts come from.
         router_aux_loss_coef: weight of the load-balancing loss (Switch Transformer, arXiv:2101.03961, eq. 4); None is
             0 for "sigmoid", whose bias balances, and 0.001 for the others.
@@ -112,7 +112,7 @@ class MoEPolicyConfig(PreTrainedConfig):
     router_capacity_factor: float = 1.25
     router_candidates: int = None  # type: ignore[assignment]
     router_refine_size: int = 16
-    expert_groups: dict[str, int] | None = None
+    expert_groups: list[int] | None = None
     groups_per_tok: int = 1
     router_aux_loss_coef: float = None  # type: ignore[assignment]
     router_load_penalty_coef: float = 0.0
@@ -203,9 +203,9 @@ class MoEPolicyConfig(PreTrainedConfig):
         if (self.router == "grouped") != (self.expert_groups is not None):
             raise ValueError(f"{self.expert_groups=} goes with router='grouped' and only with it, not {self.router=}")
         if self.expert_groups is not None:
-            sizes = sorted(self.expert_groups.values())
+            sizes = sorted(self.expert_groups)
             if sum(sizes) != self.num_experts or sizes[0] < 1:
-                raise ValueError(f"{self.expert_groups=} must name groups of at least 1, {self.num_experts=} in all")
+                raise ValueError(f"{self.expert_groups=} must be sizes of at least 1, {self.num_experts=} in all")
             if not 1 <= self.groups_per_tok <= len(sizes):
                 raise ValueError(f"{self.groups_per_tok=} must lie between 1 and the {len(sizes)} groups")
             if sum(sizes[: self.groups_per_tok]) < self.num_experts_per_tok:

@@ -301,15 +301,12 @@ class GroupedRouter(Router):
     for the groups. The logit of an expert is its group's logit + log p(e | g), so that softmax(logits) = p(e).
     """
 
-    group_E: Tensor  # noqa: N815
-
     def __init__(self, config: MoEPolicyConfig) -> None:
         super().__init__(config)
-        self.group_names = tuple(config.expert_groups)
         self.groups_per_tok = config.groups_per_tok
-        sizes = torch.tensor(list(config.expert_groups.values()))
-        self.sizes = sizes.tolist()
-        self.group_weight = nn.Parameter(torch.empty(len(sizes), config.hidden_size))
+        assert config.expert_groups is not None
+        self.sizes = list(config.expert_groups)
+        self.group_weight = nn.Parameter(torch.empty(len(self.sizes), config.hidden_size))
 
     def init_weights(self, std: float) -> None:
         super().init_weights(std)

@@ -20,7 +20,7 @@ from policy_models.router import (
 )
 
 IDS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(5))
-GROUPS = {"general": 4, "code": 2, "maths": 2}
+GROUPS = [4, 2, 2]
 OPTIONS = {
     "softmax": {},
     "sigmoid": {},
@@ -86,7 +86,7 @@ def test_sigmoid_by_hand():
 
 def test_grouped_by_hand():
     """Expert 0 is the likeliest of all but sits in the group that comes second."""
-    router = make_router("grouped", num_experts=4, width=2, expert_groups={"a": 2, "b": 2}, groups_per_tok=1)
+    router = make_router("grouped", num_experts=4, width=2, expert_groups=[2, 2], groups_per_tok=1)
     router.group_weight.data = torch.tensor([[0.0, 0.0], [math.log(1.5), 0.0]])  # p(g) 0.4, 0.6
     router.weight.data = torch.tensor([[5.0, 0.0], [-5.0, 0.0], [0.0, 0.0], [math.log(2), 0.0]])  # p(e | b) 1/3, 2/3
     logits, weights, indices = router(torch.tensor([[1.0, 0.0]]))
@@ -368,9 +368,9 @@ def test_frozen_routers_do_not_learn(policy):
         ({"router_capacity_factor": 0.5}, "without room"),
         ({"router_candidates": 1}, "router_candidates"),
         ({"router": "grouped"}, "expert_groups"),
-        ({"expert_groups": {"a": 2, "b": 2}}, "only with it"),
-        ({"router": "grouped", "expert_groups": {"a": 3}}, "4 in all"),
-        ({"router": "grouped", "expert_groups": {"a": 3, "b": 1}}, "fewer experts"),
+        ({"expert_groups": [2, 2]}, "only with it"),
+        ({"router": "grouped", "expert_groups": [3]}, "4 in all"),
+        ({"router": "grouped", "expert_groups": [3, 1]}, "fewer experts"),
         ({"routed_scaling_factor": 0.0}, "positive"),
     ],
 )

@@ -165,7 +165,7 @@ WAYS = {
     "sigmoid": {"router": "sigmoid"},
     "progressive": {"router": "progressive"},
     "capacity": {"router": "capacity"},
-    "grouped": {"router": "grouped", "expert_groups": {"a": 2, "b": 2}},
+    "grouped": {"router": "grouped", "expert_groups": [2, 2]},
     "head gate, window": {"attention_gate": True, "attention_pattern": "local_global"},
     "sparse, window": {"attention_pattern": "sparse"},
 }
