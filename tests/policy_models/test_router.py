@@ -41,6 +41,8 @@ def make_router(kind="softmax", *, width=8, num_experts=8, top_k=2, std=1.0, **o
         num_experts_per_tok=top_k,
         hidden_size=width,
         num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=2,
         **options,
     )
     router = ROUTERS[kind](config)
@@ -133,7 +135,8 @@ def test_the_bias_balances_a_skewed_load_without_a_loss():
         router(x)
         router.end_step()
     after = share(router(x)[2])
-    assert before.max() > 0.35 and after.max() < 0.16 and after.min() > 0.09  # 1/8 is even
+    assert before.max() > 0.2 and before.min() < 0.02  # 1/8 is even
+    assert after.max() < 0.16 and after.min() > 0.09
     assert torch.equal(router.weight, weight)
 
 
