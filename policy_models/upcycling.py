@@ -90,6 +90,7 @@ def upcycle(
         raise ValueError(f"{router_std=} must be positive: with equal logits the same experts take every token")
     if noise < 0:
         raise ValueError(f"{noise=} must not be negative; 0 keeps the function of the dense model")
+    _check_source(dense)
     width = dense.config.intermediate_size
     for name, size in (
         ("num_experts", num_experts),
@@ -129,7 +130,7 @@ def kl_from_dense(dense: PreTrainedModel, moe: PreTrainedModel, ids: Tensor) -> 
     return F.kl_div(got, want, log_target=True, reduction="none").sum(-1).mean().item()
 
 
-def _moe_config(dense: PreTrainedModel, **options: Any) -> MoEPolicyConfig:
+def _check_source(dense: PreTrainedModel) -> None:
     source = dense.config
     if source.model_type not in SUPPORTED or not hasattr(dense, "lm_head"):
         raise ValueError(
@@ -144,6 +145,10 @@ def _moe_config(dense: PreTrainedModel, **options: Any) -> MoEPolicyConfig:
             f"sliding_window={window} cannot be upcycled: the policy attends to the whole context. If yours never "
             "exceeds the window, set dense.config.sliding_window = None first; the function is then the same"
         )
+
+
+def _moe_config(dense: PreTrainedModel, **options: Any) -> MoEPolicyConfig:
+    source = dense.config
     bias = bool(getattr(source, "attention_bias", False)) or source.model_type == "qwen2"
     return MoEPolicyConfig(
         **{name: getattr(source, name) for name in _COPIED_FIELDS},
