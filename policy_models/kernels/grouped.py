@@ -24,6 +24,7 @@ _SMALL = triton.knobs.runtime.interpret
 TILE_ROWS = 16 if _SMALL else 64
 TILE = {"BLOCK_M": TILE_ROWS, "BLOCK_N": 16 if _SMALL else 128, "BLOCK_K": 16 if _SMALL else 64}
 OUTER_TILE = {"BLOCK_M": 16 if _SMALL else 128, "BLOCK_N": 16 if _SMALL else 128, "BLOCK_K": 16 if _SMALL else 64}
+BACKWARD_TILE = TILE | {"BLOCK_N": 16 if _SMALL else 64}  # at 128 columns its epilogue spills registers
 LAUNCH = {"num_warps": 8, "num_stages": 3}
 
 
@@ -143,7 +144,7 @@ def combine_kernel(
     acc = tl.zeros((BLOCK_D,), tl.float32)
     for k in range(0, TOP_K):
         row = tl.load(row_ptr + token * TOP_K + k).to(tl.int64)
-        y = tl.load(y_ptr + row * D + col, mask=(col < D) & (row >= 0), other=0.0).to(tl.float32)
+        y = tl.load(y_ptr + row * D + col, mask=col < tl.where(row < 0, 0, D), other=0.0).to(tl.float32)
         if WEIGHTED:
             y = y * tl.load(weight_ptr + token * TOP_K + k)
         acc += y
@@ -224,7 +225,7 @@ def grouped_outer_kernel(
 ):
     """left^T right over the rows of one expert: the gradients of its weights, zeros where it has no row."""
     expert = tl.program_id(0)
-    begin = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    begin = tl.where(expert > 0, tl.load(ends_ptr + tl.maximum(expert - 1, 0)), 0)
     end = tl.load(ends_ptr + expert)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -309,13 +310,13 @@ class Rows:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dz (N, 2F), weight * act (N, F), dweights (T, K) fp32)."""
         width, inner = down.shape[1:]
-        num_blocks = triton.cdiv(inner, TILE["BLOCK_N"])
+        num_blocks = triton.cdiv(inner, BACKWARD_TILE["BLOCK_N"])
         dz, act = torch.empty_like(z_N2F), z_N2F.new_empty(self.num_rows, inner)
         partial = torch.zeros(num_blocks, self.num_rows, dtype=torch.float32, device=z_N2F.device)
         tiles = (self.slot, self.ends, self.tile_expert, self.tile_row)
         swiglu_backward_kernel[(self.num_tiles, num_blocks)](
             *(dout_TD, down, z_N2F, weights_TK, dz, act, partial, *tiles, width, inner, self.num_rows, self.top_k),
-            **TILE,
+            **BACKWARD_TILE,
             **LAUNCH,
         )
         dweights = torch.empty_like(weights_TK).flatten().scatter_(0, self.slot.long(), partial.sum(0))

@@ -31,7 +31,7 @@ KERNELS = {
     "linear": (grouped.grouped_linear_kernel, grouped.TILE),
     "linear transposed": (grouped.grouped_linear_kernel, grouped.TILE | {"w_stride_m": 1}),
     "combine": (grouped.combine_kernel, {"WEIGHTED": True, "BLOCK_D": 1024}),
-    "swiglu_backward": (grouped.swiglu_backward_kernel, grouped.TILE),
+    "swiglu_backward": (grouped.swiglu_backward_kernel, grouped.BACKWARD_TILE),
     "outer, left gathered": (grouped.grouped_outer_kernel, grouped.OUTER_TILE | {"GATHER_LEFT": True, "GATHER_RIGHT": False}),
     "outer, right gathered": (grouped.grouped_outer_kernel, grouped.OUTER_TILE | {"GATHER_LEFT": False, "GATHER_RIGHT": True}),
     "logprob": (logprob.logprob_kernel, logprob.TILE | {"SPLITS": logprob.SPLITS}),
