@@ -54,7 +54,7 @@ TIMED = [
     Shape(8192, 4096, 14336, 8, 2),
 ]
 LOGPROB = (8192, 576, 49152)  # tokens, width, vocabulary
-SMALL = [Shape(5, 24, 20, 3, 2)], [Shape(9, 24, 20, 3, 2)], (6, 24, 50)
+SMALL = [Shape(5, 24, 32, 3, 2)], [Shape(9, 24, 32, 3, 2)], (6, 24, 50)
 
 
 def errors(shape: Shape, device: str) -> dict[str, tuple[float, float]]:
