@@ -4,10 +4,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo debug label test check bench-gpu bench-peers clean
+.PHONY: help install demo debug label test test-transformers check bench-gpu bench-peers clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 # torch first and pinned: any later install that asks for "torch" then finds it there and pulls no CUDA packages in.
 .venv/.core: pyproject.toml constraints.txt bundled-weights.txt
@@ -38,6 +38,9 @@ label: .venv/.core ## the labelling app at http://127.0.0.1:7861
 # One thread a process and a process a core: small models gain more from a second test than from a second thread.
 test: .venv/.dev ## all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+test-transformers: .venv/.dev ## transformers' own common model tests on the policy model, about four minutes
+	$(BIN)/python tests/transformers_suite/run.py
 
 check: .venv/.dev ## ruff, types, fast tests
 	$(BIN)/ruff check .

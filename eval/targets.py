@@ -293,10 +293,14 @@ def _source_and_adapter(spec: str) -> tuple[str, str | None]:
 
 
 def _moved(base: str, adapter: Path) -> str:
-    """A relative base as it is written in an adapter, found again where the run folder was moved or asked from elsewhere."""
-    if base.startswith("bundled:") or Path(base).is_dir():
+    """A relative base as it is written in an adapter: the one beside the adapter, though its run folder was moved.
+
+    Only then one below the working folder, which may belong to another run of the same name.
+    """
+    if base.startswith("bundled:") or Path(base).is_absolute():
         return base
-    return next((str(one / base) for one in adapter.resolve().parents if (one / base).is_dir()), base)
+    beside = next((one / base for one in adapter.resolve().parents if (one / base).is_dir()), None)
+    return base if beside is None or beside == Path(base).resolve() else str(beside)
 
 
 def _imported(path: str) -> Callable[[Messages], Any]:

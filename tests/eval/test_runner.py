@@ -280,6 +280,8 @@ def test_an_adapter_finds_its_base_after_its_run_folder_was_moved(tmp_path, monk
         folder.mkdir(parents=True)
     (base / "config.json").write_text("{}")
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "runs/demo/sft/model"}')
+    (tmp_path / "runs/demo/sft/model").mkdir(parents=True)  # another run of that name, below the working folder
+    monkeypatch.chdir(tmp_path)
     assert open_target(str(adapter.parent)).source == str(base.resolve())
     monkeypatch.chdir(tmp_path / "moved")
     assert open_target("runs/demo/ppo").source == "runs/demo/sft/model"
