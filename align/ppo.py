@@ -38,23 +38,25 @@ from align.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
+from align.compression import PowerSGD
 from align.kl_control import KLController
-from align.launch import open_run, parse_settings, pick_dtype, resolve_path
+from align.launch import open_run, parse_settings, pick_dtype
 from align.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
 from align.optim import add_up_gradients, build_optimizer, clip_adaptively
+from align.ppo_evaluation import evaluate, fit_scaling
 from align.ppo_inputs import build_reward, read_prompt_files, refuse_sharding
 from align.ppo_settings import PPOSettings
 from align.preferences import Messages
 from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
 from align.signals import signals
-from align.tracking import Metrics, expert_load, sample_rows, speed, stop_on_non_finite, trl_names, write_rows
-from align.watch import Grader, grader_watch, rollout_watch
+from align.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
+from align.watch import Grader, rollout_watch
 from eval.gate_run import gate_suites, run_gates
 from policy_models.chat import encode_prompts, sample_answers
 from policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
 from policy_models.memory import tune_cpu_memory
-from reward import CompositeReward, Reward, Scaling, statistics
+from reward import CompositeReward, Reward, statistics
 from reward.learned import LearnedPreference
 
 
@@ -101,6 +103,7 @@ class PPO:
         self.optimizer = build_optimizer(settings.optimizer, list(zip(self.groups, rates, strict=True)))
         # float16 has too few exponents for small gradients: the loss is scaled up, by less after each overflow
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.dtype == torch.float16)
+        self.compression = PowerSGD(settings.gradient_rank) if settings.gradient_rank else None
         total = settings.steps * settings.ppo_epochs * settings.minibatches
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: max(0.0, 1.0 - done / total))
         self.kl = KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
@@ -339,8 +342,11 @@ class PPO:
     def _optimizer_step(self, batch, rows, num_tokens, sums, train_policy: bool) -> None:
         norms = []
         if self.accelerator.num_processes > 1:
-            for parameters in self.groups:
+            parameters = [*self.groups[0], *self.groups[1]]
+            if self.compression is None:
                 add_up_gradients(parameters, self.all_reduce)
+            else:
+                self.compression.add_up(parameters, self.all_reduce)
         self.scaler.unscale_(self.optimizer)
         for parameters in self.groups:
             if self.settings.adaptive_clip is not None:
@@ -365,64 +371,7 @@ class PPO:
         """Sum over ranks."""
         return self.accelerator.reduce(totals, reduction="sum")
 
-    # 7. evaluation, checkpoints ---------------------------------------------------------------------------------------
-
-    def evaluate(self, step: int, metrics: Metrics) -> dict[str, float]:
-        """The same prompts and the same random draws each time; the random streams of training are not touched."""
-        if not self.eval_prompts:
-            return {}
-        with metrics.phase("evaluate"):
-            generator = torch.Generator(self.accelerator.device).manual_seed(self.settings.seed + 1)
-            answers, texts = self.sample(self.eval_ids, generator)
-            prompts = texts_of(self.eval_prompts)
-            reward = self.reward(prompts, texts)
-            answer_ids = pad_answers([a.ids for a in answers], fill=self.tokenizer.pad_token_id, dtype=torch.long)
-            keep = pad_answers([[1] * len(a.ids) for a in answers], fill=0, dtype=torch.bool).to(
-                self.accelerator.device
-            )
-            answer_ids = answer_ids.to(keep.device)
-            trunk = self.trunk(self.eval_ids, answer_ids, keep)
-            logp, ref_logp, _, _ = self.log_probabilities(self.eval_ids, answer_ids, keep, trunk)
-            graded = self.grader(prompts, texts) if self.grader else None
-        rows = sample_rows(prompts, texts, reward, graded)
-        watched = grader_watch(rows, self.run / "samples" / "step-000000.jsonl") if step else {}
-        if self.accelerator.is_main_process:
-            write_rows(self.run / "samples" / f"step-{step:06d}.jsonl", rows)
-        measured = statistics(reward)
-        return watched | {
-            "eval/reward_mean": measured["reward/total_mean"],
-            "eval/reward_std": measured["reward/total_std"],
-            "eval/kl_per_answer": float((logp - ref_logp).masked_fill(~keep, 0.0).sum(dim=1).mean()),
-            "eval/answer_tokens_mean": float(keep.sum(dim=1).float().mean()),
-            "eval/finished_share": sum(a.finished for a in answers) / len(answers),
-            **{
-                f"eval/{name}_weighted_mean": measured[f"reward/{name}_weighted_mean"]
-                for name in reward.parts.raw
-                if f"reward/{name}_weighted_mean" in measured
-            },
-        }
-
-    def fit_scaling(self) -> None:
-        """Scaling of the reward parts: from the file that was named, or fitted on answers of the reference."""
-        path = self.run / "scaling.json"
-        if self.settings.reward_scaling:
-            self.reward.scaling = Scaling.load(resolve_path(self.settings.reward_scaling))
-        elif self.settings.resume and path.exists():
-            self.reward.scaling = Scaling.load(path)
-        else:
-            rows = self.prompts_of_all()[: self.settings.scaling_prompts]
-            generator = torch.Generator(self.accelerator.device).manual_seed(self.settings.seed + 2)
-            _, texts = self.sample([self.prompt_ids[r] for r in rows], generator, reference=True)
-            self.reward.fit(texts_of([self.prompts[r] for r in rows]), texts)
-        if self.accelerator.is_main_process:
-            assert self.reward.scaling is not None
-            self.reward.scaling.save(path)
-
-    def prompts_of_all(self) -> list[int]:
-        """All prompts in one fixed shuffled order, alike on every rank."""
-        return torch.randperm(
-            len(self.prompts), generator=torch.Generator().manual_seed(self.settings.seed + 3)
-        ).tolist()
+    # 7. evaluation is in align/ppo_evaluation.py; checkpoints -----------------------------------------------------------
 
     def expert_metrics(self, batch: RolloutBatch) -> dict[str, Any]:
         """Load of each expert over the first micro-batch; empty for a dense model."""
@@ -439,6 +388,7 @@ class PPO:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "scaler": self.scaler.state_dict(),
+            "compression": self.compression.state_dict() if self.compression else {},
             "kl": self.kl.state_dict(),
             "lagrangian": self.lagrangian.state_dict() if self.lagrangian else {},
             "sampling": self.sampling.get_state(),
@@ -452,6 +402,8 @@ class PPO:
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
+        if self.compression:
+            self.compression.load_state_dict(state["compression"])
         self.kl.load_state_dict(state["kl"])
         if self.lagrangian:
             self.lagrangian.load_state_dict(state["lagrangian"])
@@ -484,7 +436,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
     if settings.log_with:
         accelerator.init_trackers("plumbline")
     first = 0
-    ppo.fit_scaling()
+    fit_scaling(ppo)
     if checkpoint:
         first, state = load_checkpoint(checkpoint, rank=accelerator.process_index)
         ppo.restore(state)
@@ -501,7 +453,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
     for step in bar:
         row: dict[str, Any] = {"step": step, "episode": step * settings.rollouts_per_step}
         if step == 0 or (settings.eval_every and step % settings.eval_every == 0):
-            row |= ppo.evaluate(step, metrics)
+            row |= evaluate(ppo, step, metrics)
         row |= ppo.step(step, metrics)
         bar.set_postfix(score=f"{row['objective/scores']:.2f}", kl=f"{row['objective/kl']:.2f}")
         stopping = ppo.all_reduce(torch.tensor(float(asked_to_stop()), device=accelerator.device)) > 0
@@ -518,7 +470,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
             bar.close()
             raise SystemExit(f"ppo: stopped by SIGTERM after step {step + 1}; go on with --resume true")
     final = {"step": settings.steps, "episode": settings.steps * settings.rollouts_per_step}
-    metrics.write(final | ppo.evaluate(settings.steps, metrics))
+    metrics.write(final | evaluate(ppo, settings.steps, metrics))
     if accelerator.is_main_process:
         ppo.actors.save_policy(run / "model")
         ppo.tokenizer.save_pretrained(run / "model")

@@ -9,12 +9,12 @@ from align.actors import ModelSettings
 from align.advantages import ESTIMATORS as ADVANTAGES
 from align.kl_control import ESTIMATORS, KLController
 from align.lagrangian import Lagrangian
-from align.launch import STARTER
+from align.launch import STARTER, pick_dtype
 from align.optim import OPTIMIZERS
 
 _AT_LEAST_ONE = (
     "steps rollouts_per_step answers_per_prompt minibatches ppo_epochs max_new_tokens max_prompt_tokens "
-    "scaling_prompts keep_checkpoints gate_samples"
+    "scaling_prompts keep_checkpoints gate_samples gradient_rank"
 ).split()
 _NOT_NEGATIVE = "policy_lr critic_lr critic_warmup_steps eval_every eval_prompts save_every missing_eos_penalty".split()
 _ABOVE_ZERO = "temperature clip value_clip score_clip max_grad_norm target_kl adaptive_clip".split()
@@ -71,6 +71,10 @@ class PPOSettings(ModelSettings):
     max_grad_norm: float = field(default=1.0, metadata={"help": "of policy and of critic gradients, each"})
     adaptive_clip: float | None = field(
         default=None, metadata={"help": "bound of a gradient row's norm against its weight row's norm, such as 0.01"}
+    )
+    gradient_rank: int | None = field(
+        default=None,
+        metadata={"help": "send gradients between processes as matrices of this rank (PowerSGD); none: as they are"},
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "forget activations and compute them again in the backward: less memory"}
@@ -180,6 +184,11 @@ class PPOSettings(ModelSettings):
             raise ValueError(f"optimizer={self.optimizer!r}: must be one of {', '.join(OPTIMIZERS)}")
         if self.cost_component and self.advantage != "gae":
             raise ValueError(f"cost_component={self.cost_component!r} needs a critic of costs: use advantage: gae")
+        if self.gradient_rank and pick_dtype(self.dtype) == torch.float16:
+            raise ValueError(
+                f"{self.gradient_rank=} with dtype={self.dtype!r}: what compression keeps back for later has no fixed "
+                "loss scale; use bfloat16 or float32, or no gradient_rank"
+            )
         self.lagrangian()
         KLController(self.kl_coef, self.kl_target, self.kl_horizon)  # refuses what it cannot use
 

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from align.ppo import PPO, PPOSettings
+from align.ppo_evaluation import fit_scaling
 from align.rollouts import RolloutBatch
 from align.tracking import Metrics
 from policy_models import MoEPolicyConfig
@@ -231,7 +232,7 @@ def make_ppo(settings, tmp_path):
         reward = CompositeReward(components or [(Share(), 1.0)])
         ppo = PPO(settings(model, **overrides), rank or Rank(), run, reward)
         if fit:
-            ppo.fit_scaling()
+            fit_scaling(ppo)
         if perturb:
             noise = torch.Generator().manual_seed(5)
             with torch.no_grad():

@@ -8,6 +8,7 @@ import torch
 
 from align import reward_model
 from align.advantages import last_kept, token_rewards, whiten
+from align.ppo_evaluation import evaluate
 from align.preferences import read_preferences, split_pairs
 from align.tracking import Metrics
 from policy_models.loading import load_scalar_model
@@ -207,7 +208,7 @@ def test_C8_weights_enter_the_return_and_the_log_alike(make_ppo, rolled_out, two
 
 def test_C8_every_row_of_the_sample_table_adds_up(make_ppo, two_parts, prompts_file, tmp_path):
     ppo = make_ppo("llama", components=two_parts, fit=True, eval_prompts_file=prompts_file)
-    measured = ppo.evaluate(0, Metrics(tmp_path, enabled=False))
+    measured = evaluate(ppo, 0, Metrics(tmp_path, enabled=False))
     rows = [json.loads(line) for line in (tmp_path / "run" / "samples" / "step-000000.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     for row in rows:

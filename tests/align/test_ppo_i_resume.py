@@ -21,6 +21,7 @@ from align.checkpoints import (
     set_rng_state,
 )
 from align.ppo import train
+from align.ppo_evaluation import evaluate
 from reward import CompositeReward
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -307,7 +308,7 @@ def test_I3_evaluation_draws_the_same_each_time(make_ppo, prompts_file, tmp_path
     from align.tracking import Metrics
 
     ppo = make_ppo("llama", eval_prompts_file=prompts_file, perturb=0.05)
-    first, second = (ppo.evaluate(step, Metrics(tmp_path, enabled=False)) for step in (0, 1))
+    first, second = (evaluate(ppo, step, Metrics(tmp_path, enabled=False)) for step in (0, 1))
     assert first == second
     files = [(tmp_path / "run" / "samples" / f"step-00000{n}.jsonl").read_text() for n in (0, 1)]
     assert files[0] == files[1] and len(files[0].splitlines()) == 8
