@@ -25,7 +25,7 @@ class ModelTarget:
 
     def __init__(
         self, name: str, source: str, *, adapter: str | None = None, dtype: torch.dtype = torch.float32,
-        device: str = "cpu", batch_size: int = 32,
+        device: str = "cpu", batch_size: int = 64,
     ) -> None:  # fmt: skip
         self.name, self.source, self.adapter = name, source, adapter
         self.dtype, self.device, self.batch_size = dtype, device, batch_size

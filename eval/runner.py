@@ -22,7 +22,7 @@ from eval.samples import Sample
 from eval.targets import GuardedTarget, Target
 from eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
-CHUNK = 32  # samples asked at once; part of the hash, since an answer's last bits may depend on its batch
+CHUNK = 64  # samples asked at once; part of the hash, since an answer's last bits may depend on its batch
 
 
 class ReplyStore:
