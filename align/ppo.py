@@ -483,7 +483,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this stage."""
     (settings,) = parse_settings((PPOSettings,), argv)
     run = train(settings)
-    print(f"ppo: finished, the policy is in {run / 'model'}")
+    if PartialState().is_main_process:
+        print(f"ppo: finished, the policy is in {run / 'model'}")
     if settings.gate and PartialState().is_main_process:
         dtype, device = pick_dtype(settings.dtype), str(PartialState().device)
         asked: dict[str, Any] = {"dtype": dtype, "device": device, "limit": settings.gate_samples}
