@@ -48,7 +48,7 @@ from align.ppo_inputs import build_reward, read_prompt_files, refuse_sharding
 from align.ppo_settings import PPOSettings
 from align.preferences import Messages
 from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
-from align.signals import signals
+from align.signals import over_ranks, signals
 from align.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from align.watch import Grader, rollout_watch
 from eval.gate_run import gate_suites, run_gates
@@ -131,7 +131,8 @@ class PPO:
         """One rollout and its updates, steps 1 to 7 but for evaluation and checkpoint; returns the row for the log."""
         batch, scored = self.rollout(self.prompts_of_step(step), metrics)
         keep, advantage, returns, measured = self.advantages(batch, scored)
-        row = statistics(scored) | measured | self.expert_metrics(batch) | {"kl_coef": self.kl.coef}
+        row = statistics(over_ranks(scored, self.accelerator)) | measured
+        row |= self.expert_metrics(batch) | {"kl_coef": self.kl.coef}
         row |= rollout_watch(scored.total, batch.answers, batch.answer_lengths())
         row["rollout/prompt_tokens"] = sum(map(len, batch.prompt_ids))
         with metrics.phase("update"):

@@ -6,10 +6,12 @@ an advantage of its own, which the multiplier then weighs in.
 B answers, R answer positions.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from align.advantages import gae, group_advantages, token_rewards, whiten
@@ -17,7 +19,7 @@ from align.kl_control import kl_estimate
 from align.lagrangian import Lagrangian
 from align.ppo_settings import PPOSettings
 from align.rollouts import RolloutBatch
-from reward import Reward
+from reward import Parts, Reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,3 +191,20 @@ def _measured(totals: dict[str, float]) -> dict[str, float]:
         "rollout/answer_tokens": totals["tokens"],
         "val/explained_variance": 1.0 - residual / variance if variance > 0 else 0.0,
     }
+
+
+def over_ranks(reward: Reward, accelerator: Accelerator) -> Reward:
+    """The scores of all ranks, rows of rank 0 first, for the log. Every rank has as many rows; `why` is left empty."""
+    if accelerator.num_processes == 1:
+        return reward
+    stages = (reward.parts.raw, reward.parts.scaled, reward.parts.weighted)
+    columns = [reward.total, *(scores for stage in stages for scores in stage.values())]
+    own = [[math.nan if x is None else x for x in column] for column in columns]
+    shape = (len(columns), accelerator.num_processes, len(reward))
+    everyone = torch.zeros(shape, dtype=torch.float64, device=accelerator.device)
+    everyone[:, accelerator.process_index] = torch.tensor(own, dtype=torch.float64)
+    summed = accelerator.reduce(everyone, reduction="sum")  # keeps a NaN, which stands for None
+    rows = [[None if x != x else x for x in column] for column in summed.flatten(1).tolist()]
+    parts = iter(rows[1:])
+    raw, scaled, weighted = ({name: next(parts) for name in stage} for stage in stages)
+    return Reward(total=rows[0], parts=Parts(raw=raw, scaled=scaled, weighted=weighted), why=[None] * len(rows[0]))

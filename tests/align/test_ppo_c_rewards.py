@@ -10,6 +10,7 @@ from align import reward_model
 from align.advantages import last_kept, token_rewards, whiten
 from align.ppo_evaluation import evaluate
 from align.preferences import read_preferences, split_pairs
+from align.signals import over_ranks
 from align.tracking import Metrics
 from policy_models.loading import load_scalar_model
 from reward import CompositeReward, default_composite, statistics
@@ -204,6 +205,20 @@ def test_C8_weights_enter_the_return_and_the_log_alike(make_ppo, rolled_out, two
     )
     if max(abs(total) for total in scored.total) <= 10:
         assert measured["objective/scores"] == pytest.approx(logged["reward/total_mean"], rel=1e-5)
+
+
+def test_C8_the_log_is_of_all_ranks(two_parts, world):
+    """Two ranks with half of the rows each log what one rank with all of them logs."""
+    score = CompositeReward(two_parts)
+    prompts, answers = [f"prompt {i}" for i in range(6)], ["a" * n for n in (1, 2, 0, 4, 3, 7)]
+    score.fit(prompts, answers)
+    two = world(2)
+
+    def logged(rank):
+        mine = score(prompts[3 * rank : 3 * rank + 3], answers[3 * rank : 3 * rank + 3])
+        return statistics(over_ranks(mine, two.ranks[rank]))
+
+    assert two.run(logged) == [pytest.approx(statistics(score(prompts, answers)))] * 2
 
 
 def test_C8_every_row_of_the_sample_table_adds_up(make_ppo, two_parts, prompts_file, tmp_path):
