@@ -10,6 +10,7 @@ Sharded: under `accelerate launch` with n processes, process r takes chunks r, r
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from eval.samples import Sample
 from eval.targets import GuardedTarget, Target
 from eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
-CHUNK = 64  # samples asked at once; part of the hash, since an answer's last bits may depend on its batch
+CHUNK = 64  # samples asked at once, at most; part of the hash, since an answer's last bits may depend on its batch
 
 
 class ReplyStore:
@@ -221,8 +222,10 @@ def _cut(text: str, stop: Sequence[str]) -> str:
 
 
 def _chunks(task: EvalTask) -> Iterator[Sequence[Sample]]:
-    for start in range(0, len(task.samples), CHUNK):
-        yield task.samples[start : start + CHUNK]
+    """Pieces of (nearly) one size, so that processes that take turns at them have as much to do."""
+    size = math.ceil(len(task.samples) / math.ceil(len(task.samples) / CHUNK)) if task.samples else CHUNK
+    for start in range(0, len(task.samples), size):
+        yield task.samples[start : start + size]
 
 
 def _keys(target: Target, task: EvalTask, chunk: Sequence[Sample], options: dict) -> list[str]:
