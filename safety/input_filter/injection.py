@@ -141,12 +141,12 @@ class InjectionHead:
 
     def risk(self, texts: Sequence[str]) -> list[float]:
         """Calibrated P(attack), one a text; a blank text has risk 0."""
-        return [score for score, _ in self._score(texts)]
+        return [worst.score for worst in self._score(texts)]
 
     def scan(self, items: Sequence[ScanItem]) -> list[list[Finding]]:
         """At most one finding a text, its span the piece that scored highest (none if that is the whole text)."""
         found = []
-        for item, (score, span) in zip(items, self._score([item.text for item in items]), strict=True):
+        for item, (score, span, _) in zip(items, self._score([item.text for item in items]), strict=True):
             # What a user types against the rules is a jailbreak, what a document or tool says to the model an injection.
             category = _JBK if item.stage is Stage.INPUT else _INJ
             finding = Finding(
