@@ -18,6 +18,7 @@ import html
 import json
 import math
 import re
+import string
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
@@ -52,9 +53,9 @@ LEET = str.maketrans("4@3105$7!8+", "aaeiosstibt")
 LEET_L = str.maketrans("4@3105$7!8+", "aaelosstlbt")  # 1 and ! can also stand for l
 
 _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
-_WORD = re.compile(r"\w+")
+_FOREIGN_WORD = re.compile(r"[A-Za-z0-9_]*[^\W\x00-\x7f]\w*")
 _SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[ \t._*|~-]{1,4}[^\W_]){4,}(?![^\W_])")
-_LEET_WORD = re.compile(r"[\w@$!+]{2,30}")
+_LEET_WORD = re.compile(r"(?<![\w@$!+])[^\W\d]{0,29}[\d@$!+][\w@$!+]{0,29}")
 _BASE64 = re.compile(r"(?<![\w+/=-])(?:[A-Za-z0-9+/_-]{40,76}\r?\n){0,200}[A-Za-z0-9+/_-]{16,20000}={0,2}")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]{0,2}){8,10000}(?![0-9A-Za-z])")
 _URL = re.compile(r"(?:[\w.~+-]|%[0-9a-fA-F]{2}){9,20000}")
@@ -172,7 +173,7 @@ def _lookalikes(text: str) -> Iterator[Edit]:
 
     In a text with other words in Cyrillic or Greek, only words that mix scripts: there, "как" is a word and no disguise.
     """
-    words = [word for word in _WORD.finditer(text) if not word.group().isascii()]
+    words = list(_FOREIGN_WORD.finditer(text))
     latin = [word.group().translate(CONFUSABLE) for word in words]
     real = any(not new.isascii() for new in latin)
     for word, new in zip(words, latin, strict=True):
@@ -204,7 +205,7 @@ def _leet(text: str) -> Iterator[Edit]:
     found: list[Edit] = []
     for word in _LEET_WORD.finditer(text):
         old = word.group().rstrip("!+")
-        if old.isalpha() or not any(ch.isalpha() for ch in old):
+        if not any(ch.isalpha() for ch in old):
             continue
         for table in (LEET, LEET_L):
             new = old.translate(table)
@@ -282,23 +283,30 @@ def _readable(text: str) -> bool:
 
 def _ciphers(view: View) -> Iterator[View]:
     """The stretch of words that rot13, or reading backwards, turns into known words most clearly, if four or more."""
-    known = vocabulary()
-    if not known:
-        return
+    common = _common_words()
     words = list(_LETTERS.finditer(view.text))
     low = [word.group().lower() for word in words]
-    plain = [known.get(word, 1 << 20) < 12_000 for word in low]
-    if len(words) < 4 or sum(plain) > 0.98 * len(words):
+    odd = [word for word in low if word not in common]
+    if not common or len(words) < 4 or len(odd) < 0.02 * len(words):
         return
-    for name, change in (("rot13", lambda text: codecs.decode(text, "rot13")), ("reversed", lambda text: text[::-1])):
-        gain = [
-            int(known.get(change(word), 1 << 20) < 12_000) - int(is_plain)
-            for word, is_plain in zip(low, plain, strict=True)
-        ]
-        first, last, best = _best_run(gain)
+    for name, change in (("rot13", _rot13), ("reversed", _reversed)):
+        if sum(change(word) in common for word in odd) < 4:  # no run can gain more
+            continue
+        first, last, best = _best_run([(change(word) in common) - (word in common) for word in low])
         if best >= 4:
             start, end = words[first].start(), words[last].end()
             yield _segment(view, name, start, end, change(view.text[start:end]))
+
+
+_ROT13 = {ord(a): codecs.encode(a, "rot13") for a in string.ascii_letters}
+
+
+def _rot13(text: str) -> str:
+    return text.translate(_ROT13)
+
+
+def _reversed(text: str) -> str:
+    return text[::-1]
 
 
 def _best_run(gain: Sequence[int]) -> tuple[int, int, int]:
@@ -330,6 +338,11 @@ def vocabulary() -> dict[str, int]:
     ]
     words = [word for word in words if len(word) > 1 or word in "ai"]
     return {word: rank for rank, word in enumerate(words)}
+
+
+@lru_cache(maxsize=1)
+def _common_words() -> frozenset[str]:
+    return frozenset(word for word, rank in vocabulary().items() if rank < 12_000)
 
 
 def split_words(letters: str) -> list[int]:
