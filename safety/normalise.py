@@ -27,7 +27,6 @@ from safety.words import common_words, vocabulary, word_ends
 DEPTH = 2  # layers of encoding that are undone
 MAX_DECODED = 20_000  # characters of decoded text a text, all segments together
 MAX_SEGMENTS = 16
-MAX_SPACED = 2000  # spaced characters without word gaps that are split into words
 Edit = tuple[int, int, str]  # characters [start, end) become the string
 
 # Zero-width, joiners, bidi controls and isolates, soft hyphen, fillers, variation selectors, tags, and controls but for \t \n \r.
@@ -195,7 +194,7 @@ def _spacing(text: str) -> Iterator[Edit]:
         gaps = [text[a + 1 : b] for a, b in zip(keep, keep[1:], strict=False)]
         narrow = min(len(gap) for gap in gaps)
         wide = [len(gap) > narrow for gap in gaps]
-        if not any(wide) and len(keep) <= MAX_SPACED:
+        if not any(wide):
             cuts = word_ends("".join(text[i] for i in keep))
             wide = [i + 1 in cuts for i in range(len(gaps))]
         for a, b, is_wide in zip(keep, keep[1:], wide, strict=False):

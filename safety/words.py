@@ -34,39 +34,47 @@ def common_words() -> frozenset[str]:
     return frozenset(word for word, rank in vocabulary().items() if rank < 12_000)
 
 
+LONGEST = 18  # letters of a word that a split may find
 _ENDINGS = ("s", "es", "ed", "d", "ing", "er", "r", "ly")
 
 
-def _price(word: str) -> float:
-    """Of a word in a split: the log of its rank (Zipf), a little more for an ending; an unknown piece may be a name, and is dear."""
-    known = vocabulary()
-    rank = known.get(word)
-    if rank is not None:
-        return math.log(rank + 10) + 1
-    stems = [(word[: -len(ending)], ending) for ending in _ENDINGS if word.endswith(ending)]
-    stems += [(f"{stem}e", ending) for stem, ending in stems if ending == "ing"]
-    ranks = [known[stem] for stem, _ in stems if len(stem) > 2 and stem in known]
-    unknown = 10 + 3 * len(word)
-    return min(unknown, math.log(min(ranks) + 10) + 3) if ranks else unknown
+@lru_cache(maxsize=1)
+def _prices() -> dict[str, float]:
+    """What a word costs in a split: the log of its rank (Zipf); a word with an ending that is no word itself, a little more."""
+    prices: dict[str, float] = {}
+    for word, rank in vocabulary().items():
+        stems = [(word, ending) for ending in _ENDINGS] + ([(word[:-1], "ing")] if word.endswith("e") else [])
+        for stem, ending in stems if len(word) > 2 else ():
+            prices[stem + ending] = min(prices.get(stem + ending, math.inf), math.log(rank + 10) + 3)
+    return prices | {word: math.log(rank + 10) + 1 for word, rank in vocabulary().items()}
 
 
 def split_words(letters: str) -> list[int]:
-    """Where words end in letters without gaps, the cheapest split; [] if no words are known."""
+    """Where words end in letters without gaps, the cheapest split; [] if no words are known. Takes a time linear in the letters.
+
+    A piece that is no word may be a name: it costs 10, and 3 a letter.
+    """
     if not vocabulary():
         return []
-    low = letters.lower()
-    cost = [0.0] + [math.inf] * len(low)
-    back = [0] * (len(low) + 1)
+    prices, low = _prices(), letters.lower()
+    cost, begin = [0.0], [0]  # of the cheapest split that ends here, and where its last piece begins
+    name_cost, name_begin = math.inf, 0  # of the cheapest one whose last piece is no word
     for end in range(1, len(low) + 1):
-        for start in range(max(0, end - 18), end):
-            price = cost[start] + _price(low[start:end])
-            if price < cost[end]:
-                cost[end], back[end] = price, start
+        if cost[-1] + 10 < name_cost:
+            name_cost, name_begin = cost[-1] + 10, end - 1
+        name_cost += 3
+        best, start = name_cost, name_begin
+        for at in range(max(0, end - LONGEST), end):
+            price = prices.get(low[at:end])
+            if price is not None and cost[at] + price < best:
+                best, start = cost[at] + price, at
+        cost.append(best)
+        begin.append(start)
     cuts = []
     at = len(low)
     while at:
         cuts.append(at)
-        at = back[at]
+        at = begin[at]
     return cuts[::-1]
 
 
