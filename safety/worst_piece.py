@@ -1,12 +1,10 @@
-"""The riskiest piece of a text: the whole, a stretch of it, or a sentence.
+"""The riskiest piece of a text: the whole, a window of the embedder, or a sentence.
 
 A long harmless text hides a bad line from an embedding of the whole. So every piece is scored and the worst counts. Sentences are many:
 a head that is wrong once in fifty would be wrong on every page. Where a text as a whole is asked for (harm, injection), a sentence
 of n therefore needs n + 1 times the odds: the prior of the text is shared among all that is looked at, the whole included.
 
-A text of more than LONG characters goes through the embedder once, sentence by sentence: its whole, and stretches of about REACH
-tokens, are the means of their sentences. A shorter one is embedded as a whole as well, which costs little and keeps
-what its sentences say to each other.
+Where only the worst line counts (toxicity), a text of more than LONG characters is its sentences, and is not embedded as a whole again.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from safety.findings import Span
 from safety.heads import Head
 
 LONG = 500  # characters, some 120 tokens
-REACH = 128  # tokens
 
 
 class Worst(NamedTuple):
@@ -41,13 +38,14 @@ def worst_pieces(
 ) -> list[Worst]:
     """The worst piece of each text; a blank text has risk 0.
 
-    share_prior: a sentence of n needs n + 1 times the odds. parts: where True, the text is a stretch of a longer one, and has no whole:
-    only its sentences are looked at, most of which the embedder knows from the stretch before.
+    share_prior: the text as a whole is asked for, and a sentence of n needs n + 1 times the odds; else a long text is its sentences.
+    parts: where True, the text is a stretch of a longer one, and has no whole: only its sentences are looked at, most of which the
+    embedder knows from the stretch before.
     """
     inside = [sentences(text) for text in texts]
     is_part = parts or [False] * len(texts)
     has_whole = [
-        bool(text.strip()) and not (spans and (part or len(text) > LONG))
+        bool(text.strip()) and not (spans and (part or len(text) > LONG and not share_prior))
         for text, spans, part in zip(texts, inside, is_part, strict=True)
     ]
     cut = [
@@ -58,11 +56,9 @@ def worst_pieces(
     embedded = iter(embedder.embed_windows(cut))
     pieces: list[Piece] = []
     sizes, share = [], []
-    for spans, whole, part in zip(inside, has_whole, is_part, strict=True):
+    for spans, whole in zip(inside, has_whole, strict=True):
         large = list(of_windows(next(embedded))) if whole else []
         windows = [next(embedded) for _ in spans]
-        if spans and not whole and not part:
-            large = list(of_sentences(spans, windows))
         small: list[Piece] = [
             (span, vector) for span, one in zip(spans, windows, strict=True) for _, vector in of_windows(one)
         ]
@@ -88,27 +84,6 @@ def of_windows(text: Windows) -> Iterator[Piece]:
     if len(text.spans) > 1:
         for (start, end), vector in zip(text.spans, text.vectors, strict=True):
             yield Span(start=start, end=end), vector
-
-
-def of_sentences(spans: Sequence[Span], sentences: Sequence[Windows]) -> Iterator[Piece]:
-    """A text as a whole, and stretches of REACH tokens that overlap by half, as means of their sentences."""
-    sums = np.cumsum([(one.vectors * one.tokens[:, None]).sum(0) for one in sentences], axis=0, dtype=np.float64)
-    ends = np.cumsum([one.tokens.sum() for one in sentences])
-    yield None, _unit(sums[-1])
-    begins = np.arange(
-        0, max(1.0, ends[-1] - REACH // 2), REACH // 2
-    )  # none of less than half of REACH, but for a short text
-    firsts = np.searchsorted(
-        ends, begins, side="right"
-    )  # the sentence in which the stretch begins, and that in which it ends
-    lasts = np.searchsorted(ends, np.minimum(begins + REACH, ends[-1]), side="left")
-    for first, last in sorted(set(zip(firsts.tolist(), lasts.tolist(), strict=True))):
-        before = sums[first - 1] if first else 0.0
-        yield Span(start=spans[first].start, end=spans[last].end), _unit(sums[last] - before)
-
-
-def _unit(vector: np.ndarray) -> np.ndarray:
-    return (vector / max(float(np.linalg.norm(vector)), 1e-12)).astype(np.float32)
 
 
 def shared(p: np.ndarray, n: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from safety.worst_piece import Worst, worst_pieces
 class HarmScanner:
     """Risk of a prompt, the answer not looked at.
 
-    A text is scored as a whole, by stretches and by sentences, and the worst counts (`safety.worst_piece`): a
+    A text is scored as a whole, by windows and by sentences, and the worst counts (`safety.worst_piece`): a
     harmless page does not hide a harmful line at its end. A blank prompt asks for nothing and has risk 0.
 
     Args:
