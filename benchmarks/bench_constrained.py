@@ -10,7 +10,7 @@
   that the grader of `eval.refusals` does not call a decline; differences are paired, with bootstrap intervals over prompts.
   The expert was trained on other prompts (`data/starter/sft.jsonl`, `preferences.jsonl`); the grader on none.
 
-Times are of one run side by side and only their ratios mean something. Appends to benchmarks/results/constrained.csv and ends
+Times are CPU seconds of one run side by side; only their ratios mean something. Appends to benchmarks/results/constrained.csv and ends
 with a line of JSON.
 """
 
@@ -94,15 +94,15 @@ def main() -> None:
 
 def phrases(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[tuple]:
     compiled = Phrases(BANNED, ALLOWED)
-    started = time.perf_counter()
+    started = time.process_time()
     ends = stop_ids(model, tokenizer)
     banned = BannedPhrases(compiled, token_bytes(tokenizer), ends, args.new_tokens)
-    built = time.perf_counter() - started
+    built = time.process_time() - started
     prompts = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in TEASERS])
     prompts = [prompts[i % len(prompts)] for i in range(args.samples)]
     rows, seconds = [], {}
     for name, processors in (("free", []), ("banned", [banned])):
-        started = time.perf_counter()
+        started = time.process_time()
         answers = generate(
             model,
             prompts,
@@ -112,7 +112,7 @@ def phrases(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[tuple]
             generator=torch.Generator().manual_seed(args.seed),
             processors=processors,
         )
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = time.process_time() - started
         texts = tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
         rows.append(share(f"{name}_with_a_phrase", [compiled.find(text) is not None for text in texts]))
     rows.append(plain("time_ratio", seconds["banned"] / seconds["free"], len(prompts)))
@@ -130,7 +130,7 @@ def json_answers(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[t
         processors = []
         if name != "free":
             processors = [GrammarProcessor(grammar, tokenizer, ends, model.config.vocab_size, name)]
-        started = time.perf_counter()
+        started = time.process_time()
         answers, said = sample_with(model, tokenizer, prompts, processors, 128, args.seed)
         rows.append(
             share(
@@ -139,7 +139,7 @@ def json_answers(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[t
             )
         )
         tokens = sum(len(answer.ids) for answer in answers)
-        rows.append(plain(f"{name}_ms_a_token", 1000 * (time.perf_counter() - started) / tokens, tokens))
+        rows.append(plain(f"{name}_ms_a_token", 1000 * (time.process_time() - started) / tokens, tokens))
     return rows
 
 
@@ -156,11 +156,11 @@ def safe(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[tuple]:
         complied, seconds = {}, {}
         for name in ("base", "safedecoding", "expert"):
             guide = SafeDecoding(OtherAdapter(peft, "expert", tokenizer.pad_token_id))
-            started = time.perf_counter()
+            started = time.process_time()
             with only_adapter(peft, "expert" if name == "expert" else None):
                 processors = [guide] if name == "safedecoding" else []
                 _, said = sample_with(peft, tokenizer, prompts, processors, args.new_tokens, None)
-            seconds[name] = time.perf_counter() - started
+            seconds[name] = time.process_time() - started
             complied[name] = [not declines(prompt, answer) for prompt, answer in zip(texts, said, strict=True)]
             rows.append(share(f"{kind}_{name}_complies", complied[name]))
             if name == "safedecoding":

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 HEADS, EPS = 12, 1e-12
 # Counts of rows that products are filled up to: oneDNN compiles a product anew for each count.
-_ROWS = (*range(32, 128, 32), *range(128, 512, 64), *range(512, 1025, 128))
-_STEP = 16  # lengths of one attention call are filled up to a multiple of this
+_ROWS = (*range(32, 512, 32), *range(512, 1025, 128))
+_STEP = 32  # lengths of one attention call are filled up to a multiple of this
 
 
 def fast_here() -> bool:
@@ -65,39 +65,41 @@ class MiniLM:
         lengths = [len(row) for row in ids]
         total = sum(lengths)
         rows = next((count for count in _ROWS if count >= total), total)
-        flat_T = torch.zeros(rows, dtype=torch.long)
-        flat_T[:total] = torch.tensor([one for row in ids for one in row])
-        place_T = torch.zeros(rows, dtype=torch.long)
-        place_T[:total] = torch.cat([torch.arange(length) for length in lengths])
-        groups = _groups(lengths)
+        blank = [0] * (rows - total)
+        flat_T = torch.tensor([one for row in ids for one in row] + blank)
+        place_T = torch.tensor([at for length in lengths for at in range(length)] + blank)
+        groups, back_T = _groups(lengths, rows)
         x_TD = F.layer_norm(
             self.word[flat_T] + self.position[place_T] + self.kind[0], (self.word.shape[1],), *self.norm, EPS
         )
         width = x_TD.shape[1]
         for qkv, out, norm, up, down, last in self.layers:
-            mixed_TD = _attend(F.linear(x_TD, **qkv), groups, width)
-            x_TD = F.layer_norm(x_TD + F.linear(mixed_TD, **out), (width,), **norm, eps=EPS)
-            x_TD = F.layer_norm(x_TD + _narrowed(F.gelu(F.linear(x_TD, **up)), **down), (width,), **last, eps=EPS)
+            mixed_TD = _attend(F.linear(x_TD, **qkv), groups, back_T)
+            x_TD = F.layer_norm(F.linear(mixed_TD, **out).add_(x_TD), (width,), **norm, eps=EPS)
+            x_TD = F.layer_norm(_narrowed(F.gelu(F.linear(x_TD, **up)), **down).add_(x_TD), (width,), **last, eps=EPS)
         text_T = torch.repeat_interleave(torch.arange(len(ids)), torch.tensor(lengths))
         sums = torch.zeros(len(ids), width).index_add_(0, text_T, x_TD[:total].float())
         return (sums / torch.tensor(lengths)[:, None]).numpy()
 
 
-Group = tuple[torch.Tensor, torch.Tensor]  # index_BL into the tokens, keep_BL
+Group = tuple[torch.Tensor, torch.Tensor]  # index_M into the tokens (M = B * L; 0 where nothing is), keep_B11L
 
 
-def _groups(lengths: Sequence[int]) -> list[Group]:
-    """Texts of about one length, as indices of their tokens; where keep is False the index is 0."""
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+def _groups(lengths: Sequence[int], rows: int) -> tuple[list[Group], torch.Tensor]:
+    """Texts of about one length, and where each token stands among the M of all groups (0 for the rows that fill up)."""
+    starts = np.cumsum([0, *lengths])
     by_length: defaultdict[int, list[int]] = defaultdict(list)
     for text, length in enumerate(lengths):
         by_length[-(-length // _STEP) * _STEP].append(text)
-    groups = []
+    groups, back, at = [], np.zeros(rows, dtype=np.int64), 0
     for padded, texts in by_length.items():
-        keep = torch.arange(padded) < torch.tensor([lengths[text] for text in texts])[:, None]
-        index = torch.arange(padded) + torch.tensor([int(starts[text]) for text in texts])[:, None]
-        groups.append((index.masked_fill(~keep, 0), keep))
-    return groups
+        place = np.arange(padded)
+        keep = place < np.array([lengths[text] for text in texts])[:, None]
+        index = np.where(keep, starts[texts][:, None] + place, 0)
+        back[index[keep]] = at + np.flatnonzero(keep)
+        at += index.size
+        groups.append((torch.from_numpy(index.ravel()), torch.from_numpy(keep)[:, None, None, :]))
+    return groups, torch.from_numpy(back)
 
 
 def _narrowed(wide_TF: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -105,21 +107,20 @@ def _narrowed(wide_TF: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -
     width = len(weight)
     out_TD = F.linear(wide_TF[:, :width], weight[:, :width], bias)
     for at in range(width, wide_TF.shape[1], width):
-        out_TD = out_TD + F.linear(wide_TF[:, at : at + width], weight[:, at : at + width])
+        out_TD.addmm_(wide_TF[:, at : at + width], weight[:, at : at + width].t())
     return out_TD
 
 
-def _attend(qkv_T3D: torch.Tensor, groups: Sequence[Group], width: int) -> torch.Tensor:
+def _attend(qkv_T3D: torch.Tensor, groups: Sequence[Group], back_T: torch.Tensor) -> torch.Tensor:
     """Attention of each text over itself: (T, 3D) -> (T, D)."""
-    mixed_TD = torch.zeros(len(qkv_T3D), width, dtype=qkv_T3D.dtype)
-    for index_BL, keep_BL in groups:
-        b, length = index_BL.shape
-        q, k, v = qkv_T3D[index_BL].view(b, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)  # (B, H, L, D / H) each
+    width = qkv_T3D.shape[1] // 3
+    mixed = []
+    for index_M, keep_B11L in groups:
+        b, length = keep_B11L.shape[0], keep_B11L.shape[3]
+        q, k, v = (
+            qkv_T3D.index_select(0, index_M).view(b, length, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        )  # (B, H, L, D / H)
         # Always a mask: without one another kernel runs, and a text's vector would depend on the texts beside it.
-        mixed = (
-            F.scaled_dot_product_attention(q, k, v, attn_mask=keep_BL[:, None, None, :])
-            .transpose(1, 2)
-            .reshape(b, length, width)
-        )
-        mixed_TD[index_BL[keep_BL]] = mixed[keep_BL]
-    return mixed_TD
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keep_B11L)
+        mixed.append(out.transpose(1, 2).reshape(b * length, width))
+    return (torch.cat(mixed) if len(mixed) > 1 else mixed[0]).index_select(0, back_T)

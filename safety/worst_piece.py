@@ -3,12 +3,15 @@
 A long harmless text hides a bad line from an embedding of the whole. So every piece is scored and the worst counts. Sentences are many:
 a head that is wrong once in fifty would be wrong on every page. Where a text as a whole is asked for (harm, injection), a sentence
 of n therefore needs n + 1 times the odds: the prior of the text is shared among all that is looked at, the whole included.
+
+Where only the worst line counts (toxicity), a text of more than LONG characters is its sentences, and is not embedded as a whole again.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +19,18 @@ from safety.embedding import Embedder, Windows
 from safety.findings import Span
 from safety.heads import Head
 
-Worst = tuple[float, Span | None]  # probability, and where; None is the whole text
+LONG = 500  # characters, some 120 tokens
+
+
+class Worst(NamedTuple):
+    """The piece of highest probability: where it is (None: the whole text), and its unit vector (384,), None of a blank text."""
+
+    score: float
+    span: Span | None = None
+    vector: np.ndarray | None = None
+
+
+Piece = tuple[Span | None, np.ndarray]
 
 
 def worst_pieces(
@@ -24,42 +38,56 @@ def worst_pieces(
 ) -> list[Worst]:
     """The worst piece of each text; a blank text has risk 0.
 
-    share_prior: a sentence of n needs n + 1 times the odds. parts: where True, the text is a stretch of a longer one, and has no whole:
-    only its sentences are looked at, most of which the embedder knows from the stretch before.
+    share_prior: the text as a whole is asked for, and a sentence of n needs n + 1 times the odds; else a long text is its sentences.
+    parts: where True, the text is a stretch of a longer one, and has no whole: only its sentences are looked at, most of which the
+    embedder knows from the stretch before.
     """
-    pieces: list[tuple[int, Span | None, int]] = []  # row, where, how many share the prior
-    for row, text in enumerate(texts):
-        found = sentences(text)
-        if text.strip() and not (found and parts and parts[row]):
-            pieces.append((row, None, 1))
-        pieces += [(row, span, len(found) + 1 if share_prior else 1) for span in found]
-    cut = [texts[row] if span is None else texts[row][span.start : span.end] for row, span, _ in pieces]
-    worst: list[Worst] = [(0.0, None)] * len(texts)
-    for (row, span, n), (score, window) in zip(pieces, worst_windows(head, embedder.embed_windows(cut)), strict=True):
-        if shared(score, n) > worst[row][0]:
-            worst[row] = shared(score, n), span or window
+    inside = [sentences(text) for text in texts]
+    is_part = parts or [False] * len(texts)
+    has_whole = [
+        bool(text.strip()) and not (spans and (part or len(text) > LONG and not share_prior))
+        for text, spans, part in zip(texts, inside, is_part, strict=True)
+    ]
+    cut = [
+        piece
+        for text, spans, whole in zip(texts, inside, has_whole, strict=True)
+        for piece in ([text] if whole else []) + [text[span.start : span.end] for span in spans]
+    ]
+    embedded = iter(embedder.embed_windows(cut))
+    pieces: list[Piece] = []
+    sizes, share = [], []
+    for spans, whole in zip(inside, has_whole, strict=True):
+        large = list(of_windows(next(embedded))) if whole else []
+        windows = [next(embedded) for _ in spans]
+        small: list[Piece] = [
+            (span, vector) for span, one in zip(spans, windows, strict=True) for _, vector in of_windows(one)
+        ]
+        pieces += large + small
+        sizes.append(len(large) + len(small))
+        share += [1] * len(large) + [len(spans) + 1 if share_prior else 1] * len(small)
+    worst = [Worst(0.0)] * len(texts)
+    if not pieces:
+        return worst
+    scores = shared(head.predict(np.stack([vector for _, vector in pieces])), np.array(share))
+    at = 0
+    for row, size in enumerate(sizes):
+        if size:
+            best = at + int(scores[at : at + size].argmax())
+            worst[row] = Worst(float(scores[best]), *pieces[best])
+        at += size
     return worst
 
 
-def worst_windows(head: Head, texts: Sequence[Windows]) -> list[Worst]:
-    """For each text the highest probability over the whole and each of its windows, and where; None where it is the whole."""
-    if not texts:
-        return []
-    rows = [one.vectors if len(one.spans) == 1 else np.concatenate([one.mean()[None], one.vectors]) for one in texts]
-    scores = head.predict(np.concatenate(rows))
-    found: list[Worst] = []
-    at = 0
-    for one, vectors in zip(texts, rows, strict=True):
-        mine = scores[at : at + len(vectors)]
-        at += len(vectors)
-        worst = int(mine.argmax())
-        start, end = one.spans[worst - 1]
-        found.append((float(mine[worst]), Span(start=start, end=end) if worst else None))
-    return found
+def of_windows(text: Windows) -> Iterator[Piece]:
+    """A text as a whole, and its windows if there are several."""
+    yield None, text.mean()
+    if len(text.spans) > 1:
+        for (start, end), vector in zip(text.spans, text.vectors, strict=True):
+            yield Span(start=start, end=end), vector
 
 
-def shared(p: float, n: int) -> float:
-    """A probability with its odds divided by n."""
+def shared(p: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """Probabilities with their odds divided by n."""
     return p / (p + n * (1 - p))
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-
 from safety.embedding import EMBEDDER_ID, Embedder, load_embedder
 from safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Stage
 from safety.heads import SHIPPED, Head
@@ -20,7 +18,7 @@ from safety.worst_piece import Worst, worst_pieces
 class HarmScanner:
     """Risk of a prompt, the answer not looked at.
 
-    A text is scored as a whole, by windows of the embedder and by sentences, and the worst counts (`safety.worst_piece`): a
+    A text is scored as a whole, by windows and by sentences, and the worst counts (`safety.worst_piece`): a
     harmless page does not hide a harmful line at its end. A blank prompt asks for nothing and has risk 0.
 
     Args:
@@ -50,26 +48,24 @@ class HarmScanner:
 
     def risk(self, texts: Sequence[str]) -> list[float]:
         """Calibrated P(the prompt asks for something harmful), one a text."""
-        return [score for score, _ in self._score(texts)]
+        return [worst.score for worst in self._score(texts)]
 
     def scan(self, items: Sequence[ScanItem]) -> list[list[Finding]]:
         """At most one finding a text, its span the piece that scored highest (none if that is the whole text)."""
-        texts = [item.text for item in items]
-        scored = self._score(texts)
-        kinds = self.kinds.predict(self.embedder.embed(texts)) if texts else np.zeros((0, 1))
-        labels = self.kinds.card.labels
-        findings: list[list[Finding]] = []
-        for (score, span), kind in zip(scored, kinds, strict=True):
-            found = Finding(
-                scanner=self.name,
-                version=self.head.version,
-                category=Category(labels[int(kind.argmax())]),
-                score=score,
-                spans=() if span is None else (span,),
-                reason=f"asks for something harmful (kind with probability {kind.max():.2f})",
-            )
-            findings.append([found] if score >= self.floor else [])
-        return findings
+        scored = self._score([item.text for item in items])
+        return [[self._finding(worst)] if worst.score >= self.floor else [] for worst in scored]
+
+    def _finding(self, worst: Worst) -> Finding:
+        assert worst.vector is not None  # only a blank text has none, and its risk is 0
+        (kind,) = self.kinds.predict(worst.vector[None])
+        return Finding(
+            scanner=self.name,
+            version=self.head.version,
+            category=Category(self.kinds.card.labels[int(kind.argmax())]),
+            score=worst.score,
+            spans=() if worst.span is None else (worst.span,),
+            reason=f"asks for something harmful (kind with probability {kind.max():.2f})",
+        )
 
     def _score(self, texts: Sequence[str]) -> list[Worst]:
         return worst_pieces(self.head, self.embedder, texts, share_prior=True)

@@ -19,6 +19,10 @@ USEFUL = re.compile(
     "(?<=[\u00a9-\u3299\U0001f000-\U0001faff\ufe0f\u20e3])[\u200d\ufe0e\ufe0f]|(?<=[0-9#*])\ufe0f(?=\u20e3)"
     "|(?<=[\u0600-\u0dff\u0e00-\u109f\u1780-\u17ff])[\u200b-\u200d]"
 )
+ANY = re.compile(  # of the characters that the patterns below look for
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\x9b\u00ad\u034f\u180e\u200b-\u200d\u202d\u202e\u2060-\u2064\u3164"
+    "\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e01ef]"
+)
 KINDS = (  # what, pattern, score
     ("tag characters", re.compile("[\U000e0000-\U000e007f]+"), 1.0),
     ("variation selectors that carry data", re.compile("[\ufe00-\ufe0f\U000e0100-\U000e01ef]{3,}"), 0.95),
@@ -50,7 +54,7 @@ class HiddenText:
         return [self._scan(item.text) for item in items]
 
     def _scan(self, text: str) -> list[Finding]:
-        if text.isascii() and text.isprintable():
+        if not ANY.search(text):
             return []
         # Blanked out letter for letter, so that offsets stay.
         shown = FLAG.sub(lambda m: " " * len(m.group()), text)

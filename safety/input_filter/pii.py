@@ -200,6 +200,8 @@ def ip_address(text: str, regions: Sequence[str]) -> Iterator[Hit]:
 
 
 def national_id(text: str, regions: Sequence[str]) -> Iterator[Hit]:
+    if not _MAYBE_NATIONAL.search(text):
+        return
     for pattern, check, score in _NATIONAL:
         for found in pattern.finditer(text):
             confirmed = check(text, found)
@@ -294,6 +296,7 @@ def _digits(found: re.Match[str]) -> str:
     return re.sub(r"\D", "", found.group())
 
 
+_MAYBE_NATIONAL = re.compile(r"\d(?:(?:[ -]?\d){5}|\d[A-Z]\d{2}[A-Z]\d{3}[A-Z])")  # in each number that is found below
 _NATIONAL: tuple[tuple[re.Pattern[str], Callable[[str, re.Match[str]], bool], float], ...] = (
     # United States: area 001-899 but 666, group and serial not all zeros; without dashes only where the text says so
     (re.compile(r"\d(?<![\w-].)(?<!9)(?!(?<=0)00|(?<=6)66)\d{2}-(?!00)\d{2}-(?!0000)\d{4}(?![\w-])"), lambda text, found: True, 0.9),

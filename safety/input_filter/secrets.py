@@ -20,11 +20,16 @@ from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span,
 
 @dataclass(frozen=True)
 class Rule:
-    """`pattern` finds a secret (its group 1, if it has one). `hints`: one of them must occur in the lower-cased text."""
+    """`pattern` finds a secret (its group 1, if it has one).
+
+    hints  one of them must occur: in the text if it is in capitals, else in the lower-cased text
+    long   the pattern only finds what has LONG letters, digits or signs in a row
+    """
 
     name: str
     pattern: re.Pattern[str]
     hints: tuple[str, ...] = ()
+    long: bool = False
     entropy: float = 0.0  # bits a character, at least
     score: float = 0.95
     category: Category = Category.SECRET
@@ -34,39 +39,40 @@ def _rule(name: str, pattern: str, *hints: str, flags: int = 0, **more: Any) -> 
     return Rule(name, re.compile(pattern, flags), hints, **more)
 
 
+LONG = re.compile(r"[\w.+/=-]{20}")
 _SET = r"""["']?\s{0,4}(?:=|:|:=|=>|\bis\b)\s{0,4}["']?"""  # an assignment, as code, YAML or a sentence write it
 _END = r"(?![A-Za-z0-9_-])"
 RULES: tuple[Rule, ...] = (
-    _rule("aws_access_key", r"(?<![A-Z0-9])((?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16})(?![A-Z0-9])", "akia", "asia", "abia", "acca", "a3t"),
-    _rule("aws_secret_key", rf"aws.{{0,20}}(?:key|pwd|pw|password|pass|token).{{0,20}}?{_SET}([A-Za-z0-9/+=]{{40}})(?![A-Za-z0-9/+=])", "aws", flags=re.I, entropy=3.0),
-    _rule("github_token", rf"((?:ghp|gho|ghu|ghs|ghr)_[A-Za-z0-9]{{36,255}}|github_pat_[A-Za-z0-9_]{{22,255}}){_END}", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
-    _rule("gitlab_token", rf"(?<![\w-])((?:glpat|gldt|glft|glsoat|glrt|glcbt|glimt|glptt|glagent|gloas|glffct)-[A-Za-z0-9_.-]{{20,80}}|GR1348941[A-Za-z0-9_-]{{20,50}}){_END}", "gl", "gr1348941"),
+    _rule("aws_access_key", r"(?<![A-Z0-9])((?:AKIA|ASIA|ABIA|ACCA|A3T[A-Z0-9])[A-Z0-9]{16})(?![A-Z0-9])", "AKIA", "ASIA", "ABIA", "ACCA", "A3T"),
+    _rule("aws_secret_key", rf"aws.{{0,20}}(?:key|pwd|pw|password|pass|token).{{0,20}}?{_SET}([A-Za-z0-9/+=]{{40}})(?![A-Za-z0-9/+=])", "aws", flags=re.I, entropy=3.0, long=True),
+    _rule("github_token", rf"((?:ghp|gho|ghu|ghs|ghr)_[A-Za-z0-9]{{36,255}}|github_pat_[A-Za-z0-9_]{{22,255}}){_END}", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_", long=True),
+    _rule("gitlab_token", rf"(?<![\w-])((?:glpat|gldt|glft|glsoat|glrt|glcbt|glimt|glptt|glagent|gloas|glffct)-[A-Za-z0-9_.-]{{20,80}}|GR1348941[A-Za-z0-9_-]{{20,50}}){_END}", "gl", "gr1348941", long=True),
     _rule("slack_token", rf"(xox(?:a|b|p|o|s|r|e)-(?:\d+-)*[A-Za-z0-9-]{{10,200}}){_END}", "xox", flags=re.I),
     _rule("slack_webhook", r"(https://hooks\.slack\.com/services/T[A-Za-z0-9_]+/B[A-Za-z0-9_]+/[A-Za-z0-9_]{16,})", "hooks.slack.com", flags=re.I),
     _rule("stripe_key", rf"((?:sk|rk)_(?:live|test)_[0-9A-Za-z]{{16,247}}){_END}", "k_live_", "k_test_"),
     _rule("google_api_key", rf"(AIza[0-9A-Za-z_-]{{35}}){_END}", "aiza"),
     _rule("google_oauth", rf"(GOCSPX-[A-Za-z0-9_-]{{28}}|ya29\.[A-Za-z0-9_-]{{20,}}){_END}", "gocspx-", "ya29."),
-    _rule("llm_api_key", rf"(?<![\w-])(sk-(?:proj-|ant-(?:api\d\d-)?|svcacct-|or-v1-)?[A-Za-z0-9_-]{{20,200}}){_END}", "sk-", entropy=3.3),
-    _rule("hugging_face_token", rf"(?<!\w)((?:hf|api_org)_[A-Za-z]{{30,40}}){_END}", "hf_", "api_org_", entropy=3.0),
+    _rule("llm_api_key", rf"(?<![\w-])(sk-(?:proj-|ant-(?:api\d\d-)?|svcacct-|or-v1-)?[A-Za-z0-9_-]{{20,200}}){_END}", "sk-", entropy=3.3, long=True),
+    _rule("hugging_face_token", rf"(?<!\w)((?:hf|api_org)_[A-Za-z]{{30,40}}){_END}", "hf_", "api_org_", entropy=3.0, long=True),
     _rule("npm_token", rf"(?<!\w)(npm_[A-Za-z0-9]{{36}}){_END}", "npm_"),
     _rule("npmrc_token", r"_authToken\s{0,3}=\s{0,3}(npm_[^\s]{4,}|[A-Fa-f0-9-]{36})(?!\S)", "_authtoken"),
     _rule("pypi_token", rf"(pypi-AgE[A-Za-z0-9_-]{{50,1000}}){_END}", "pypi-age"),
     _rule("sendgrid_key", rf"(SG\.[A-Za-z0-9_-]{{22}}\.[A-Za-z0-9_-]{{43}}){_END}", "sg."),
-    _rule("twilio_id", rf"(?<!\w)((?:AC|SK)[0-9a-z]{{32}}){_END}", "ac", "sk", entropy=2.5, score=0.85),
-    _rule("mailchimp_key", rf"(?<!\w)([0-9a-f]{{32}}-us[0-9]{{1,2}}){_END}", "-us", flags=re.I),
+    _rule("twilio_id", rf"(?<!\w)((?:AC|SK)[0-9a-z]{{32}}){_END}", "AC", "SK", entropy=2.5, score=0.85, long=True),
+    _rule("mailchimp_key", rf"(?<!\w)([0-9a-f]{{32}}-us[0-9]{{1,2}}){_END}", "-us", flags=re.I, long=True),
     _rule("mailgun_key", rf"(?<!\w)(key-[0-9a-f]{{32}}){_END}", "key-"),
-    _rule("discord_token", rf"(?<![\w.-])([MNO][A-Za-z\d_-]{{23,27}}\.[A-Za-z\d_-]{{6}}\.[A-Za-z\d_-]{{27,40}}){_END}", "."),
-    _rule("telegram_token", rf"(?<![\w:])(\d{{8,10}}:[0-9A-Za-z_-]{{35}}){_END}", ":"),
+    _rule("discord_token", rf"(?<![\w.-])([MNO][A-Za-z\d_-]{{23,27}}\.[A-Za-z\d_-]{{6}}\.[A-Za-z\d_-]{{27,40}}){_END}", ".", long=True),
+    _rule("telegram_token", rf"(?<![\w:])(\d{{8,10}}:[0-9A-Za-z_-]{{35}}){_END}", ":", long=True),
     _rule("square_key", r"(sq0(?:csp|atp)-[0-9A-Za-z_-]{22,43}|EAAA[0-9A-Za-z_-]{60})(?![\w-])", "sq0", "eaaa"),
     _rule("shopify_token", rf"(shp(?:at|ca|pa|ss)_[a-fA-F0-9]{{32}}){_END}", "shp"),
     _rule("digitalocean_token", rf"(do[opr]_v1_[a-f0-9]{{64}}){_END}", "_v1_"),
-    _rule("artifactory_token", rf"(?<![\w/+-])(AKC[A-Za-z0-9]{{10,120}}|AP(?=[A-F\d]\w*)[\dA-F][A-Za-z0-9]{{8,80}}){_END}", "akc", "ap", score=0.85),
+    _rule("artifactory_token", rf"(?<![\w/+-])(AKC[A-Za-z0-9]{{10,120}}|AP(?=[A-F\d]\w*)[\dA-F][A-Za-z0-9]{{8,80}}){_END}", "AKC", "AP", score=0.85),
     _rule("azure_storage_key", r"AccountKey=([A-Za-z0-9+/]{86}==)", "accountkey="),
-    _rule("ibm_cloud_key", rf"(?:ibm|bluemix|(?<![a-z])bx).{{0,25}}(?:key|pwd|password|pass|token|iam).{{0,10}}?{_SET}([A-Za-z0-9_-]{{44}}){_END}", "ibm", "bluemix", "bx", flags=re.I),
-    _rule("ibm_cos_key", rf"(?:secret.{{0,3}}access.{{0,3}}key|cos.{{0,20}}(?:key|secret)).{{0,10}}?{_SET}([a-f0-9]{{48}}){_END}", "key", "secret", flags=re.I),
-    _rule("softlayer_key", rf"(?:softlayer|(?<![a-z])sl).{{0,25}}(?:key|pwd|password|pass|token|api).{{0,10}}?{_SET}([a-f0-9]{{64}}){_END}", "softlayer", "sl", flags=re.I),
+    _rule("ibm_cloud_key", rf"(?:ibm|bluemix|(?<![a-z])bx).{{0,25}}(?:key|pwd|password|pass|token|iam).{{0,10}}?{_SET}([A-Za-z0-9_-]{{44}}){_END}", "ibm", "bluemix", "bx", flags=re.I, long=True),
+    _rule("ibm_cos_key", rf"(?:secret.{{0,3}}access.{{0,3}}key|cos.{{0,20}}(?:key|secret)).{{0,10}}?{_SET}([a-f0-9]{{48}}){_END}", "key", "secret", flags=re.I, long=True),
+    _rule("softlayer_key", rf"(?:softlayer|(?<![a-z])sl).{{0,25}}(?:key|pwd|password|pass|token|api).{{0,10}}?{_SET}([a-f0-9]{{64}}){_END}", "softlayer", "sl", flags=re.I, long=True),
     _rule("softlayer_url", r"https?://api\.softlayer\.com/soap/v3/([a-z0-9]{64})", "api.softlayer.com", flags=re.I),
-    _rule("cloudant_key", rf"(?:cloudant|(?<![a-z])cl(?![a-z])).{{0,25}}(?:key|pwd|password|pass|token|api).{{0,10}}?{_SET}([a-f0-9]{{64}}|[a-z]{{24}}){_END}", "cl", flags=re.I),
+    _rule("cloudant_key", rf"(?:cloudant|(?<![a-z])cl(?![a-z])).{{0,25}}(?:key|pwd|password|pass|token|api).{{0,10}}?{_SET}([a-f0-9]{{64}}|[a-z]{{24}}){_END}", "cl", flags=re.I, long=True),
     _rule("password_in_url", r"[a-z][a-z0-9+.-]{1,20}://[^\s:/?#\[\]@]{1,100}:([^\s:/?#\[\]@]{2,200})@", "://", flags=re.I, category=Category.PASSWORD, score=0.9),
     _rule("private_key", r"-----BEGIN (?:[A-Z]{2,10} ){0,3}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END)[\s\S]){0,8000}(?:-----END[A-Z ]{0,40}-----)?", "private key", category=Category.PRIVATE_KEY, score=1.0),
     _rule("putty_key", r"PuTTY-User-Key-File-\d[\s\S]{0,4000}", "putty-user-key-file", category=Category.PRIVATE_KEY, score=1.0),
@@ -77,7 +83,7 @@ RULES: tuple[Rule, ...] = (
         "passw", "passphrase", "pwd", "secret", "key", "token",
         flags=re.I, entropy=2.5, score=0.75, category=Category.PASSWORD,
     ),
-    _rule("bearer", r"(?:authorization\s{0,3}[:=]\s{0,3}[\"']?)?\b(?:bearer|basic)\s{1,3}([A-Za-z0-9_.+/=-]{20,500})", "bearer", "basic", flags=re.I, entropy=3.5, score=0.8),
+    _rule("bearer", r"(?:authorization\s{0,3}[:=]\s{0,3}[\"']?)?\b(?:bearer|basic)\s{1,3}([A-Za-z0-9_.+/=-]{20,500})", "bearer", "basic", flags=re.I, entropy=3.5, score=0.8, long=True),
 )  # fmt: skip
 _JWT = re.compile(r"(?<![\w.-])(eyJ[A-Za-z0-9_-]{8,2000})\.([A-Za-z0-9_-]{4,8000})(?:\.[A-Za-z0-9_-]{0,2000})?")
 # Values that stand for a secret without being one.
@@ -109,10 +115,13 @@ class Secrets:
 
     def _scan(self, text: str) -> list[Finding]:
         low = text.lower()
+        has_long = LONG.search(text) is not None
         found: list[Finding] = []
         taken: list[Span] = []
         for rule in RULES:
-            if rule.name in self.ignore or not any(hint in low for hint in rule.hints):
+            if rule.name in self.ignore or rule.long and not has_long:
+                continue
+            if not any(hint in (text if hint.isupper() else low) for hint in rule.hints):
                 continue
             spans = []
             for match in rule.pattern.finditer(text):

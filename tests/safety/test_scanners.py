@@ -14,7 +14,7 @@ from safety.input_filter.harm import load_harm_scanner
 from safety.train_heads import identity_gap
 from safety.verifier.refusal import load_refusal_head, skeleton_bins
 from safety.verifier.toxicity import load_toxicity_scanner
-from safety.worst_piece import sentences, shared, worst_windows
+from safety.worst_piece import LONG, of_windows, sentences, shared, worst_pieces
 
 
 def _wheels_present():
@@ -203,17 +203,53 @@ def test_naming_a_group_of_people_is_not_toxic():
     assert len(flagged) <= 0.02 * len(TEST) * len(GROUPS + UNSEEN_GROUPS), flagged
 
 
-def test_worst_window_by_hand():
-    head = Head(
+def toy_head():
+    """The probability is the sigmoid of 4 times the first number of the vector."""
+    return Head(
         HeadCard(name="toy", labels=("bad",), features="f"),
         {"mean": np.zeros(2), "std": np.ones(2), "w": np.array([[4.0], [0.0]]), "b": np.zeros(1)},
     )
-    calm, bad = [0.0, 1.0], [1.0, 0.0]
-    windows = Windows(np.array([calm, bad], dtype=np.float32), np.array([3.0, 1.0]), ((0, 9), (7, 12)))
-    ((score, span),) = worst_windows(head, [windows])
-    assert score == pytest.approx(1 / (1 + math.exp(-4.0)), rel=1e-6) and span == Span(start=7, end=12)
-    alone = Windows(np.array([bad], dtype=np.float32), np.array([1.0]), ((0, 4),))
-    assert worst_windows(head, [windows, alone])[1] == (pytest.approx(1 / (1 + math.exp(-4.0)), rel=1e-6), None)
+
+
+def windows_of(vectors, tokens, spans):
+    return Windows(np.array(vectors, dtype=np.float32), np.array(tokens, dtype=np.float32), tuple(spans))
+
+
+class ToyEmbedder:
+    """A text is (1, 0) if it says "bad", else (0, 1); ten tokens each."""
+
+    def __init__(self):
+        self.asked = []
+
+    def embed_windows(self, texts):
+        self.asked += texts
+        return [windows_of([[float("bad" in t), float("bad" not in t)]], [10], [(0, len(t))]) for t in texts]
+
+
+CALM, BAD = [0.0, 1.0], [1.0, 0.0]
+CERTAIN = 1 / (1 + math.exp(-4.0))
+
+
+def test_windows_of_a_text_by_hand():
+    (whole, mean), (first, _), (second, bad) = of_windows(windows_of([CALM, BAD], [3, 1], [(0, 9), (7, 12)]))
+    assert whole is None and mean == pytest.approx([1 / math.sqrt(10), 3 / math.sqrt(10)])
+    assert (first, second) == (Span(start=0, end=9), Span(start=7, end=12)) and bad.tolist() == BAD
+    assert [span for span, _ in of_windows(windows_of([BAD], [1], [(0, 4)]))] == [None]
+
+
+def test_a_long_text_has_a_whole_only_where_that_is_asked_for():
+    short, embedder = "One calm line here. One bad line here.", ToyEmbedder()
+    ((score, span, vector),) = worst_pieces(toy_head(), embedder, [short], share_prior=False)
+    assert embedder.asked == [short, "One calm line here.", " One bad line here."]
+    assert (score, span, vector.tolist()) == (pytest.approx(CERTAIN), None, BAD)
+    long, embedder = "One calm line here. " * 40 + "One bad line here.", ToyEmbedder()
+    ((score, span, _),) = worst_pieces(toy_head(), embedder, [long], share_prior=False)
+    assert len(long) > LONG and max(map(len, embedder.asked)) < 30 and sum(map(len, embedder.asked)) == len(long)
+    assert score == pytest.approx(CERTAIN) and long[span.start : span.end] == " One bad line here."
+    ((_, span, _),) = worst_pieces(toy_head(), embedder, [long], share_prior=True)
+    assert span is None and long in embedder.asked
+    assert worst_pieces(toy_head(), embedder, ["", " \n"], share_prior=True) == [(0.0, None, None)] * 2
+    assert worst_pieces(toy_head(), embedder, [], share_prior=True) == []
 
 
 def test_findings_refuse_impossible_values():
