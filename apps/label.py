@@ -133,6 +133,7 @@ def _serve(store: LabelStore, args: argparse.Namespace) -> int:
         print(f"No admin yet. In another terminal: plumbline label{option} user add NAME --role admin")
     print(f"Labels: http://{args.host}:{args.port}/", flush=True)
     app = make_app(store, arena, secure_cookie=args.https)
+    sys.setswitchinterval(5e-4)  # the default of 5 ms keeps requests waiting behind threads that only wait for a lock
     # One process: gradio keeps its queue in memory. Open event streams would otherwise hold up a shutdown for ever.
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=3, workers=1)
     return 0

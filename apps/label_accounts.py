@@ -93,7 +93,7 @@ class Sessions:
         from itsdangerous import BadData
 
         try:
-            account_id, version = self._signer.loads(cookie or "", max_age=self.max_age)
+            account_id, version = self._signer.loads(cookie or "", max_age=int(self.max_age))
         except (BadData, ValueError, TypeError):
             return None
         account = find(account_id)

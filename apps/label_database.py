@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 Row = dict[str, Any]
@@ -100,7 +101,7 @@ class Database(Protocol):
         """One transaction that sees one moment."""
 
     def close(self) -> None:
-        """Closes the connections of the calling thread."""
+        """Closes the calling thread's connections, and one that threads share once it is free."""
 
 
 class SQLiteDatabase:
@@ -167,7 +168,11 @@ class SQLiteDatabase:
 
 
 class PostgresDatabase:
-    """A PostgreSQL database by URL, its tables made where they are missing. One connection a thread."""
+    """A PostgreSQL database by URL, its tables made where they are missing.
+
+    One connection a reading thread, and one for all that write: they take turns anyway, and its server process keeps its
+    plans and caches warm.
+    """
 
     def __init__(self, url: str) -> None:
         try:
@@ -178,7 +183,8 @@ class PostgresDatabase:
                 f"{mask_password(url)}: psycopg is missing; pip install 'plumbline-rlhf[postgres]'"
             ) from None
         self.url, self._connect, self._rows, self._error = url, psycopg.connect, dict_row, psycopg.OperationalError
-        self._local = threading.local()
+        self._reader, self._writer = threading.local(), SimpleNamespace()
+        self._turn = threading.Lock()  # writers of one process queue here, those of others at the lock in the database
         try:
             with self.write() as run:
                 if not run("SELECT 1 FROM pg_tables WHERE schemaname = current_schema() AND tablename = 'setting'"):
@@ -191,25 +197,23 @@ class PostgresDatabase:
         except psycopg.OperationalError as error:
             raise ValueError(f"{mask_password(url)}: cannot connect ({str(error).strip().splitlines()[0]})") from None
 
-    def _connection(self) -> Any:
-        connection = getattr(self._local, "connection", None)
+    def _connection(self, holder: Any) -> Any:
+        connection = getattr(holder, "connection", None)
         if connection is None or connection.closed:
             connection = self._connect(self.url, autocommit=True, row_factory=self._rows)
-            self._local.connection = connection
+            holder.connection = connection
         return connection
 
     @contextmanager
-    def _transaction(self, *begin: str) -> Iterator[Execute]:
-        connection = self._connection()
+    def _transaction(self, holder: Any, begin: str) -> Iterator[Execute]:
+        connection = self._connection(holder)
         try:
             try:
-                connection.execute(begin[0])
+                connection.execute(begin)
             except self._error:  # the server went away since the last use: once more on a fresh connection
                 connection.close()
-                connection = self._connection()
-                connection.execute(begin[0])
-            for statement in begin[1:]:
-                connection.execute(statement)
+                connection = self._connection(holder)
+                connection.execute(begin)
 
             def run(statement: str, values: Sequence[Any] = ()) -> list[Row]:
                 cursor = connection.execute(statement.replace("?", "%s") if values else statement, values or None)
@@ -222,19 +226,24 @@ class PostgresDatabase:
             raise
         connection.execute("COMMIT")
 
-    def write(self) -> AbstractContextManager[Execute]:
+    @contextmanager
+    def write(self) -> Iterator[Execute]:
         """See `Database`."""
-        return self._transaction("BEGIN", "SELECT pg_advisory_xact_lock(hashtext('plumbline' || current_schema()))")
+        begin = "BEGIN; SELECT pg_advisory_xact_lock(hashtext('plumbline' || current_schema()))"
+        with self._turn, self._transaction(self._writer, begin) as run:
+            yield run
 
     def read(self) -> AbstractContextManager[Execute]:
         """See `Database`."""
-        return self._transaction("BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
+        return self._transaction(self._reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
     def close(self) -> None:
         """See `Database`."""
-        if getattr(self._local, "connection", None) is not None:
-            self._local.connection.close()
-            self._local.connection = None
+        for holder in (self._reader, self._writer):
+            with self._turn:
+                if getattr(holder, "connection", None) is not None:
+                    holder.connection.close()
+                    holder.connection = None
 
 
 def check_schema_version(run: Execute, place: str) -> None:

@@ -108,13 +108,16 @@ def lease(run: Execute, now: float, account_id: int, item_id: int, round_: int, 
 def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
     """What the browser may see: no model, no score, no gold, no canonical order."""
     assignment = run(
-        "SELECT * FROM assignment WHERE item_id = ? AND account_id = ? AND round = ?", (item_id, account_id, round_)
+        "SELECT a.*, d.payload_json AS draft, j.answer_json AS said FROM assignment a"
+        " LEFT JOIN draft d ON d.assignment_id = a.id"
+        " LEFT JOIN judgement j ON j.assignment_id = a.id AND j.is_current = 1"
+        " WHERE a.item_id = ? AND a.account_id = ? AND a.round = ?",
+        (item_id, account_id, round_),
     )[0]
+    draft, said = assignment["draft"], assignment["said"]
     item = run("SELECT * FROM item WHERE id = ?", (item_id,))[0]
     responses = {row["id"]: row for row in responses_of(run, item_id)}
     order = json.loads(assignment["order_json"])
-    draft = run("SELECT payload_json FROM draft WHERE assignment_id = ?", (assignment["id"],))
-    said = run("SELECT answer_json FROM judgement WHERE assignment_id = ? AND is_current = 1", (assignment["id"],))
     return {
         "assignment": assignment["id"],
         "kind": item["kind"],
@@ -125,8 +128,8 @@ def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
             {"text": responses[r]["text"], "cut": responses[r]["finish_reason"] in ("length", "stopped")} for r in order
         ],
         "lease_until": assignment["lease_until"],
-        "draft": json.loads(draft[0]["payload_json"]) if draft else None,
-        "said": by_slot(json.loads(said[0]["answer_json"]), order) if said else None,
+        "draft": json.loads(draft) if draft else None,
+        "said": by_slot(json.loads(said), order) if said else None,
     }
 
 
@@ -145,7 +148,8 @@ def record(run: Execute, now: float, assignment: Row, item: Row, request_id: str
         run, now, assignment["account_id"], "judgement", f"assignment/{assignment['id']}",
         stored | {"request_id": request_id, "order": order},
     )  # fmt: skip
-    run("UPDATE judgement SET is_current = 0 WHERE assignment_id = ? AND is_current = 1", (assignment["id"],))
+    if before:
+        run("UPDATE judgement SET is_current = 0 WHERE id = ?", (before[0]["id"],))
     row = run(
         "INSERT INTO judgement (assignment_id, revision, is_current, request_id, outcome, winner_id, strength,"
         " answer_json, gold_pass, late, elapsed_ms, active_ms, guideline_version, event_seq, created_at)"

@@ -19,9 +19,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,29 @@ class Outcome:
     kills: int = 0
     seconds: float = 0.0
     errors: list[str] = field(default_factory=list)
+
+
+class Client:
+    """One kept connection and its cookie. A fuller client takes a core for itself, which the server then lacks."""
+
+    def __init__(self, port: int, cookie: str = "") -> None:
+        self.connection, self.cookie = HTTPConnection("127.0.0.1", port, timeout=30), cookie
+
+    def post(self, path: str, body: Any = None) -> Any:
+        """The answer's JSON. ConnectionError where no server answers, RuntimeError for a status other than 200."""
+        headers = {"Content-Type": "application/json", "Cookie": self.cookie}
+        try:
+            self.connection.request("POST", path, None if body is None else json.dumps(body), headers)
+            answer = self.connection.getresponse()
+            data = answer.read()
+        except (OSError, HTTPException) as error:
+            self.connection.close()
+            raise ConnectionError(str(error)) from None
+        if cookie := answer.getheader("Set-Cookie"):
+            self.cookie = cookie.partition(";")[0]
+        if answer.status != 200:
+            raise RuntimeError(f"{path}: {answer.status} {data[:200]!r}")
+        return json.loads(data)
 
 
 class Server:
@@ -118,27 +141,27 @@ def simulate(
     kill_at = [wanted * (number + 1) // (kills + 1) for number in range(kills)]
     ended = threading.Event()
 
-    def call(act: Callable[[], httpx.Response]) -> tuple[httpx.Response, float | None]:
-        """Repeats a call until a living server answers; the time is None when it had to."""
+    def call(client: Client, path: str, body: Any = None) -> tuple[Any, float | None]:
+        """Repeats a call until a living server answers: (JSON, seconds), or None for seconds when it had to repeat."""
         clean = True
         while True:
             begun = time.perf_counter()
             try:
-                answer = act()
+                answer = client.post(path, body)
                 return answer, time.perf_counter() - begun if clean else None
-            except httpx.TransportError:
+            except ConnectionError:
                 clean = False
                 time.sleep(0.1)
 
     def label(number: int) -> None:
         rng = random.Random(f"{seed}/{number}")
-        with httpx.Client(base_url=server.url, timeout=30) as client, ThreadPoolExecutor(1) as twice:
-            body = {"name": f"annotator {number}", "password": PASSWORD}
-            call(lambda: client.post("/api/sign-in", json=body))[0].raise_for_status()
+        client = Client(server.port)
+        with ThreadPoolExecutor(1) as twice:
+            call(client, "/api/sign-in", {"name": f"annotator {number}", "password": PASSWORD})
+            second_client = Client(server.port, client.cookie)
             while not ended.is_set():
-                answer, claim_s = call(lambda: client.post("/api/claim"))
-                answer.raise_for_status()
-                task = answer.json()["task"]
+                answer, claim_s = call(client, "/api/claim")
+                task = answer["task"]
                 if task is None:
                     with lock:
                         if len(outcome.accepted) >= wanted:
@@ -156,16 +179,12 @@ def simulate(
                 request_id = f"request-{number}-{assignment}-{rng.randrange(10**9)}"
                 vote = {"outcome": "prefer", "winner": rng.randrange(2), "strength": rng.randint(1, 4)}
                 send = {"request_id": request_id, "answer": vote}
-
-                def submit(assignment: int = assignment, send: dict[str, Any] = send) -> httpx.Response:
-                    return client.post(f"/api/assignments/{assignment}/submit", json=send)
-
-                second = twice.submit(call, submit) if rng.random() < double else None
-                answer, submit_s = call(submit)
-                answer.raise_for_status()
+                path = f"/api/assignments/{assignment}/submit"
+                second = twice.submit(call, second_client, path, send) if rng.random() < double else None
+                answer, submit_s = call(client, path, send)
                 if second is not None:
                     repeated = second.result()[0]
-                    assert repeated.json()["judgement"] == answer.json()["judgement"], repeated.text
+                    assert repeated["judgement"] == answer["judgement"], repeated
                 with lock:
                     outcome.accepted[request_id] = assignment
                     outcome.doubles += second is not None
