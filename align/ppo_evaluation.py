@@ -1,8 +1,6 @@
 """Held-out evaluation of a PPO run, and the scale of its reward: what looks at the policy without training it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
@@ -12,8 +10,7 @@ from align.tracking import Metrics, sample_rows, write_rows
 from align.watch import grader_watch
 from reward import Scaling, statistics
 
-if TYPE_CHECKING:
-    from align.ppo import PPO
+PPO = Any  # the run of align/ppo.py, which imports this file
 
 
 def evaluate(ppo: PPO, step: int, metrics: Metrics) -> dict[str, float]:

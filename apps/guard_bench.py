@@ -392,6 +392,7 @@ class Bench:
 
     def hostile(self, count: int = 1000) -> None:
         scanning = Scanning(self.as_shipped)  # with its time limits
+        scanning.check("a first text, which loads the models")
         slowest, crashes, opened = 0.0, 0, 0
         for text in hostile_texts(count, self.seed):
             started = time.process_time()
