@@ -100,6 +100,9 @@ class Database(Protocol):
     def read(self) -> AbstractContextManager[Execute]:
         """One transaction that sees one moment."""
 
+    def query(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
+        """One SELECT by itself: a single round trip."""
+
     def close(self) -> None:
         """Closes the calling thread's connections, and one that threads share once it is free."""
 
@@ -160,6 +163,10 @@ class SQLiteDatabase:
         """See `Database`."""
         return self._transaction("BEGIN")
 
+    def query(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
+        """See `Database`."""
+        return self._connection().execute(statement, values).fetchall()
+
     def close(self) -> None:
         """See `Database`."""
         if getattr(self._local, "connection", None) is not None:
@@ -204,19 +211,23 @@ class PostgresDatabase:
             holder.connection = connection
         return connection
 
-    @contextmanager
-    def _transaction(self, holder: Any, begin: str) -> Iterator[Execute]:
+    def _first(self, holder: Any, statement: str, values: Sequence[Any] = ()) -> tuple[Any, Any]:
+        """(connection, cursor) of a statement outside a transaction; where the server went away, once more on a fresh one."""
         connection = self._connection(holder)
         try:
-            try:
-                connection.execute(begin)
-            except self._error:  # the server went away since the last use: once more on a fresh connection
-                connection.close()
-                connection = self._connection(holder)
-                connection.execute(begin)
+            return connection, connection.execute(_percent(statement, values), values or None)
+        except self._error:
+            connection.close()
+            connection = self._connection(holder)
+            return connection, connection.execute(_percent(statement, values), values or None)
+
+    @contextmanager
+    def _transaction(self, holder: Any, begin: str) -> Iterator[Execute]:
+        connection = self._first(holder, begin)[0]
+        try:
 
             def run(statement: str, values: Sequence[Any] = ()) -> list[Row]:
-                cursor = connection.execute(statement.replace("?", "%s") if values else statement, values or None)
+                cursor = connection.execute(_percent(statement, values), values or None)
                 return cursor.fetchall() if cursor.description else []
 
             yield run
@@ -237,6 +248,10 @@ class PostgresDatabase:
         """See `Database`."""
         return self._transaction(self._reader, "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY")
 
+    def query(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
+        """See `Database`."""
+        return self._first(self._reader, statement, values)[1].fetchall()
+
     def close(self) -> None:
         """See `Database`."""
         for holder in (self._reader, self._writer):
@@ -244,6 +259,10 @@ class PostgresDatabase:
                 if getattr(holder, "connection", None) is not None:
                     holder.connection.close()
                     holder.connection = None
+
+
+def _percent(statement: str, values: Sequence[Any]) -> str:
+    return statement.replace("?", "%s") if values else statement
 
 
 def check_schema_version(run: Execute, place: str) -> None:

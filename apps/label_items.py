@@ -152,6 +152,13 @@ def read_settings(run: Execute) -> LabelSettings:
     return settings_of(json.loads(get_setting(run, "label_settings") or "{}"))
 
 
+def read_terms(run: Execute) -> tuple[LabelSettings, int]:
+    """(settings, guideline version) in force."""
+    rows = run("SELECT key, value FROM setting WHERE key IN ('label_settings', 'guideline_version')")
+    found = {row["key"]: row["value"] for row in rows}
+    return settings_of(json.loads(found.get("label_settings") or "{}")), int(found.get("guideline_version") or 1)
+
+
 def settings_of(stored: dict[str, Any]) -> LabelSettings:
     """Settings from plain JSON values; ValueError for an unknown name or a value that does not fit."""
     known = asdict(LabelSettings())

@@ -10,7 +10,7 @@ from collections import Counter
 
 from apps.label_answers import COUNTED, Answer, by_response, by_slot, passes_gold
 from apps.label_database import Execute, Row
-from apps.label_items import LabelSettings, get_setting, log_event, read_settings, responses_of
+from apps.label_items import LabelSettings, log_event, read_terms, responses_of
 
 FIRST, REPEAT, REVIEW = 0, 1, 2  # `assignment.round`: a first label, one's own item again, a reviewer's decision
 GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, below this pass rate
@@ -42,6 +42,8 @@ def choose(run: Execute, rng: random.Random, account_id: int, settings: LabelSet
 
 def gold_due(run: Execute, rng: random.Random, account_id: int, settings: LabelSettings) -> int | None:
     """An unseen gold item, once the annotator has done a random number of labels since the last one."""
+    if not run("SELECT id FROM item WHERE is_gold = 1 AND status = 'open' LIMIT 1"):
+        return None
     served = run(
         "SELECT count(*) AS n, max(a.id) AS last FROM assignment a JOIN item i ON i.id = a.item_id"
         " WHERE a.account_id = ? AND i.is_gold = 1",
@@ -91,8 +93,7 @@ def side_order(run: Execute, rng: random.Random, account_id: int, item_id: int, 
 
 def lease(run: Execute, now: float, account_id: int, item_id: int, round_: int, order: list[int], reason: str) -> None:
     """Hands an item to an annotator with the answers in `order` (response ids by slot); an own expired lease revives."""
-    settings = read_settings(run)
-    version = int(get_setting(run, "guideline_version") or 1)
+    settings, version = read_terms(run)
     row = run(
         "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
         " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
@@ -108,22 +109,22 @@ def lease(run: Execute, now: float, account_id: int, item_id: int, round_: int, 
 def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
     """What the browser may see: no model, no score, no gold, no canonical order."""
     assignment = run(
-        "SELECT a.*, d.payload_json AS draft, j.answer_json AS said FROM assignment a"
+        "SELECT a.*, i.kind, i.prompt_json, i.warning, d.payload_json AS draft, j.answer_json AS said FROM assignment a"
+        " JOIN item i ON i.id = a.item_id"
         " LEFT JOIN draft d ON d.assignment_id = a.id"
         " LEFT JOIN judgement j ON j.assignment_id = a.id AND j.is_current = 1"
         " WHERE a.item_id = ? AND a.account_id = ? AND a.round = ?",
         (item_id, account_id, round_),
     )[0]
     draft, said = assignment["draft"], assignment["said"]
-    item = run("SELECT * FROM item WHERE id = ?", (item_id,))[0]
     responses = {row["id"]: row for row in responses_of(run, item_id)}
     order = json.loads(assignment["order_json"])
     return {
         "assignment": assignment["id"],
-        "kind": item["kind"],
+        "kind": assignment["kind"],
         "state": assignment["state"],
-        "prompt": json.loads(item["prompt_json"]),
-        "warning": item["warning"],
+        "prompt": json.loads(assignment["prompt_json"]),
+        "warning": assignment["warning"],
         "answers": [
             {"text": responses[r]["text"], "cut": responses[r]["finish_reason"] in ("length", "stopped")} for r in order
         ],

@@ -116,8 +116,7 @@ class LabelStore:
 
     def account(self, account_id: int) -> Account | None:
         """The account with this id."""
-        with self.database.read() as run:
-            rows = run("SELECT * FROM account WHERE id = ?", (account_id,))
+        rows = self.database.query("SELECT * FROM account WHERE id = ?", (account_id,))
         return account_of(rows[0]) if rows else None
 
     def accounts(self) -> list[Account]:
@@ -241,18 +240,18 @@ class LabelStore:
         """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
         with self.database.write() as run:
             now, settings = self.clock(), read_settings(run)
-            if run("SELECT paused FROM account WHERE id = ?", (account_id,))[0]["paused"]:
+            own = run(
+                "SELECT c.paused, a.id, a.item_id, a.round FROM account c LEFT JOIN assignment a ON a.account_id = c.id"
+                " AND a.state = 'leased' AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
+                (now, queue.REVIEW, account_id),
+            )[0]
+            if own["paused"]:
                 raise RefusedError(
                     403, "labelling is paused for this account until a reviewer has looked at its answers"
                 )
-            own = run(
-                "SELECT id, item_id, round FROM assignment WHERE account_id = ? AND state = 'leased' AND lease_until > ?"
-                " AND round <> ? ORDER BY served_at LIMIT 1",
-                (account_id, now, queue.REVIEW),
-            )
-            if own:
-                run("UPDATE assignment SET lease_until = ? WHERE id = ?", (now + settings.lease_seconds, own[0]["id"]))
-                return queue.task(run, account_id, own[0]["item_id"], own[0]["round"])
+            if own["id"] is not None:
+                run("UPDATE assignment SET lease_until = ? WHERE id = ?", (now + settings.lease_seconds, own["id"]))
+                return queue.task(run, account_id, own["item_id"], own["round"])
             run("UPDATE assignment SET state = 'expired' WHERE state = 'leased' AND lease_until <= ?", (now,))
             chosen = queue.choose(run, self.rng, account_id, settings)
             if chosen is None:
