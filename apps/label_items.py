@@ -128,6 +128,9 @@ def insert_item(run: Execute, rng: random.Random, now: float, item: NewItem, set
     return rows[0]["id"]
 
 
+Terms = tuple[LabelSettings, int]  # settings and the version of the guidelines
+
+
 def responses_of(run: Execute, item_id: int) -> list[Row]:
     """The answers of an item in canonical order."""
     return run("SELECT * FROM response WHERE item_id = ? ORDER BY idx", (item_id,))
@@ -152,7 +155,7 @@ def read_settings(run: Execute) -> LabelSettings:
     return settings_of(json.loads(get_setting(run, "label_settings") or "{}"))
 
 
-def read_terms(run: Execute) -> tuple[LabelSettings, int]:
+def read_terms(run: Execute) -> Terms:
     """(settings, guideline version) in force."""
     rows = run("SELECT key, value FROM setting WHERE key IN ('label_settings', 'guideline_version')")
     found = {row["key"]: row["value"] for row in rows}

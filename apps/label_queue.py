@@ -10,7 +10,7 @@ from collections import Counter
 
 from apps.label_answers import COUNTED, Answer, by_response, by_slot, passes_gold
 from apps.label_database import Execute, Row
-from apps.label_items import LabelSettings, log_event, read_terms, responses_of
+from apps.label_items import LabelSettings, Terms, log_event, responses_of
 
 FIRST, REPEAT, REVIEW = 0, 1, 2  # `assignment.round`: a first label, one's own item again, a reviewer's decision
 GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, below this pass rate
@@ -91,9 +91,11 @@ def side_order(run: Execute, rng: random.Random, account_id: int, item_id: int, 
     return ids
 
 
-def lease(run: Execute, now: float, account_id: int, item_id: int, round_: int, order: list[int], reason: str) -> None:
+def lease(
+    run: Execute, now: float, terms: Terms, account_id: int, item_id: int, round_: int, order: list[int], reason: str
+) -> None:
     """Hands an item to an annotator with the answers in `order` (response ids by slot); an own expired lease revives."""
-    settings, version = read_terms(run)
+    settings, version = terms
     row = run(
         "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
         " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
@@ -177,7 +179,8 @@ def record(run: Execute, now: float, assignment: Row, item: Row, request_id: str
     run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
     if assignment["round"] == FIRST:
         counted_before = bool(before) and before[0]["outcome"] in COUNTED
-        count(run, item, (answer.outcome in COUNTED) - counted_before, flagged=answer.outcome == "flag")
+        flagged, skipped = answer.outcome == "flag", answer.outcome == "skip"
+        count(run, item, (answer.outcome in COUNTED) - counted_before, flagged=flagged, skipped=skipped)
     elif assignment["round"] == REVIEW:
         run("UPDATE item SET status = 'complete' WHERE id = ? AND is_gold = 0", (item["id"],))
     if gold_pass is not None:
@@ -185,18 +188,21 @@ def record(run: Execute, now: float, assignment: Row, item: Row, request_id: str
     return receipt(row, repeated=False)
 
 
-def count(run: Execute, item: Row, change: int, *, flagged: bool) -> None:
+def count(run: Execute, item: Row, change: int, *, flagged: bool = False, skipped: bool = False) -> None:
     """Keeps n_done and status. A flag takes an item out until a reviewer looks; so do as many skips as labels."""
     n_done = item["n_done"] + change
     status = item["status"]
-    skips = run("SELECT count(*) AS n FROM assignment WHERE item_id = ? AND state = 'skipped'", (item["id"],))[0]["n"]
     if item["is_gold"]:
         status = "flagged" if flagged else status  # gold never completes: everyone may get it
-    elif flagged or (status == "open" and skips >= max(3, item["target_labels"])):
+    elif flagged or (skipped and status == "open" and _skips(run, item) >= max(3, item["target_labels"])):
         status = "flagged"
     elif status in ("open", "complete"):
         status = "complete" if n_done >= item["target_labels"] else "open"
     run("UPDATE item SET n_done = ?, status = ? WHERE id = ?", (n_done, status, item["id"]))
+
+
+def _skips(run: Execute, item: Row) -> int:
+    return run("SELECT count(*) AS n FROM assignment WHERE item_id = ? AND state = 'skipped'", (item["id"],))[0]["n"]
 
 
 def check_gold_rate(run: Execute, now: float, account_id: int) -> None:
@@ -233,7 +239,7 @@ def withdraw(run: Execute, assignment: Row) -> None:
     run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
     if said and said[0]["outcome"] in COUNTED and assignment["round"] == FIRST:
         item = run("SELECT * FROM item WHERE id = ?", (assignment["item_id"],))[0]
-        count(run, item, -1, flagged=False)
+        count(run, item, -1)
 
 
 def _split(said: list[Row]) -> str:

@@ -30,6 +30,7 @@ from apps.label_items import (
     log_event,
     put_setting,
     read_settings,
+    read_terms,
     responses_of,
     settings_of,
 )
@@ -182,7 +183,9 @@ class LabelStore:
             if item_id is None:
                 raise RefusedError(409, "this prompt with these answers is in the queue already; change the prompt")
             ids = [row["id"] for row in responses_of(run, item_id)]
-            queue.lease(run, self.clock(), account_id, item_id, queue.FIRST, [ids[i] for i in order], "arena")
+            queue.lease(
+                run, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, [ids[i] for i in order], "arena"
+            )
             return queue.task(run, account_id, item_id, queue.FIRST)
 
     def add_thumb(self, account_id: int, item: NewItem, *, good: bool, request_id: str) -> Row:
@@ -197,7 +200,7 @@ class LabelStore:
             ids = [row["id"] for row in responses_of(run, item_id)]
             own = "SELECT * FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0"
             if not run(own, (item_id, account_id)):
-                queue.lease(run, self.clock(), account_id, item_id, queue.FIRST, ids, "chat")
+                queue.lease(run, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, ids, "chat")
             assignment = run(own, (item_id, account_id))[0]
             earlier = run("SELECT * FROM judgement WHERE request_id = ?", (request_id,))
             if earlier and earlier[0]["assignment_id"] == assignment["id"]:
@@ -239,7 +242,8 @@ class LabelStore:
     def claim(self, account_id: int) -> Row | None:
         """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
         with self.database.write() as run:
-            now, settings = self.clock(), read_settings(run)
+            now, terms = self.clock(), read_terms(run)
+            settings = terms[0]
             own = run(
                 "SELECT c.paused, a.id, a.item_id, a.round FROM account c LEFT JOIN assignment a ON a.account_id = c.id"
                 " AND a.state = 'leased' AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
@@ -258,7 +262,7 @@ class LabelStore:
                 return None
             item_id, round_, reason = chosen
             order = queue.side_order(run, self.rng, account_id, item_id, round_)
-            queue.lease(run, now, account_id, item_id, round_, order, reason)
+            queue.lease(run, now, terms, account_id, item_id, round_, order, reason)
             return queue.task(run, account_id, item_id, round_)
 
     def submit(self, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
@@ -361,7 +365,7 @@ class LabelStore:
             if not run("SELECT 1 FROM item WHERE id = ?", (item_id,)):
                 raise RefusedError(404, f"no item {item_id}")
             order = queue.side_order(run, self.rng, account_id, item_id, queue.REVIEW)
-            queue.lease(run, self.clock(), account_id, item_id, queue.REVIEW, order, "review")
+            queue.lease(run, self.clock(), read_terms(run), account_id, item_id, queue.REVIEW, order, "review")
             return queue.task(run, account_id, item_id, queue.REVIEW)
 
     def events(self, after: int = 0, limit: int = 1000) -> list[Row]:
