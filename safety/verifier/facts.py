@@ -39,17 +39,19 @@ class FactVerdict(StrEnum):
 @dataclass(frozen=True, kw_only=True)
 class VerifierSettings:
     """top: passages read a claim. support, refute: probabilities from which a passage counts. about: share of the claim's words (or
-    cosine) below which a passage is about something else and its vetoes do not count."""
+    cosine) below which a passage is about something else and its vetoes do not count. clash: the same, from which a veto refutes by itself:
+    a head that looks for what the passage covers gives a changed number no support, and the rules alone know that it contradicts."""
 
     top: int = 5
     support: float = 0.5
     refute: float = 0.5
     about: float = 0.5
+    clash: float = 0.8
 
     def __post_init__(self) -> None:
         if self.top < 1:
             raise ValueError(f"top={self.top} must be at least 1")
-        for name in ("support", "refute", "about"):
+        for name in ("support", "refute", "about", "clash"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in (0, 1]")
 
@@ -156,7 +158,7 @@ def judge(claim: Claim, read: Sequence[tuple[Hit, Sequence[float]]], settings: V
         found = [*vetoes(claim.reading, passage), *name_clashes(claim.reading, passage, _others(read, hit))]
         if about < settings.about:
             continue
-        if no >= settings.refute or (found and no + yes >= settings.support):
+        if no >= settings.refute or (found and (no + yes >= settings.support or about >= settings.clash)):
             refutes.append((max(no, yes), _evidence(claim, hit, max(no, yes), "refutes"), found))
         elif yes >= settings.support and not found:
             absent = unmatched_numbers(claim.reading, passage)

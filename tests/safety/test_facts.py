@@ -212,6 +212,25 @@ def test_a_number_that_no_passage_gives_is_not_supported(checker):
     assert checked.verdict is FactVerdict.NOT_ENOUGH_INFO
 
 
+class Unmoved:
+    """Sees no support in anything, as a head does whose features count missing numbers."""
+
+    name, quality = "unmoved", "test"
+
+    def score(self, pairs):
+        return np.tile([0.0, 0.9, 0.1], (len(pairs), 1))
+
+
+def test_a_changed_number_in_a_near_copy_refutes_without_the_head():
+    base = KnowledgeBase(DOCUMENTS, embed=embed)
+    checker = FactChecker(base, entailment=Unmoved())
+    (checked,) = checker.check("Kilimanjaro rises to 5,985 metres.").claims
+    assert checked.verdict is FactVerdict.REFUTED
+    strict = FactChecker(base, entailment=Unmoved(), settings=VerifierSettings(clash=1.0))
+    (checked,) = strict.check("Kilimanjaro rises to 5,985 metres.").claims
+    assert checked.verdict is FactVerdict.NOT_ENOUGH_INFO
+
+
 ANSWER = (
     "Kilimanjaro is the highest mountain in Africa. Kilimanjaro rises to 5,985 metres. Green tea is fermented. Enjoy!"
 )
