@@ -20,8 +20,8 @@ class PowerSGD:
     right factors and its own errors, so each saves its own state.
     """
 
-    def __init__(self, rank: int, *, seed: int = 0) -> None:
-        self.rank, self.seed = rank, seed
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
         self.factors: dict[int, Tensor] = {}  # (columns, rank) by place of the parameter
         self.errors: dict[int, Tensor] = {}  # (rows, columns)
 
@@ -54,7 +54,7 @@ class PowerSGD:
     def _factor(self, at: int, matrix: Tensor) -> Tensor:
         """The right factor of the last call, which follows the gradient's leading directions; at first, noise."""
         if at not in self.factors:
-            noise = torch.Generator().manual_seed(self.seed + at)  # on the CPU: alike on every rank and device
+            noise = torch.Generator().manual_seed(at)  # on the CPU: alike on every rank and device
             self.factors[at] = torch.randn(matrix.shape[1], self.rank, generator=noise).to(matrix.device)
         return self.factors[at]
 

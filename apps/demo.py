@@ -114,11 +114,11 @@ def processes() -> int:
 
 
 def run_on_all_cores(stage: ModuleType, config: Path, **flags: str | Path | int) -> None:
-    """Runs a stage by torchrun on `processes()`, or calls it where that is one."""
-    argv = arguments(config, **flags)
+    """Runs PPO by torchrun on `processes()`, or as any stage where that is one."""
     if processes() == 1:
-        stage.main(argv)
+        run_stage(stage.main, "ppo", config, **flags)
         return
+    argv = arguments(config, **flags)
     command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), str(stage.__file__), *argv]
     print(f"    OMP_NUM_THREADS=1 {' '.join(command)}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

@@ -223,8 +223,9 @@ class PostgresDatabase:
 
     @contextmanager
     def _transaction(self, holder: Any, begin: str) -> Iterator[Execute]:
-        connection = self._first(holder, begin)[0]
+        connection = self._connection(holder)
         try:
+            connection, _ = self._first(holder, begin)
 
             def run(statement: str, values: Sequence[Any] = ()) -> list[Row]:
                 cursor = connection.execute(_percent(statement, values), values or None)

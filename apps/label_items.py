@@ -152,7 +152,7 @@ def put_setting(run: Execute, key: str, value: str) -> None:
 
 def read_settings(run: Execute) -> LabelSettings:
     """The settings in force."""
-    return settings_of(json.loads(get_setting(run, "label_settings") or "{}"))
+    return read_terms(run)[0]
 
 
 def read_terms(run: Execute) -> Terms:

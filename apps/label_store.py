@@ -80,12 +80,12 @@ class LabelStore:
     def guidelines(self) -> tuple[int, str]:
         """(version, Markdown text)."""
         with self.database.read() as run:
-            return int(get_setting(run, "guideline_version") or 1), get_setting(run, "guidelines") or ""
+            return read_terms(run)[1], get_setting(run, "guidelines") or ""
 
     def change_guidelines(self, account_id: int | None, text: str) -> int:
         """Stores new guidelines; returns their version, which is kept with every label from now on."""
         with self.database.write() as run:
-            version, old = int(get_setting(run, "guideline_version") or 1), get_setting(run, "guidelines")
+            version, old = read_terms(run)[1], get_setting(run, "guidelines")
             if text != old:
                 version += bool(old)
                 put_setting(run, "guidelines", text)
@@ -243,7 +243,7 @@ class LabelStore:
         """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
         with self.database.write() as run:
             now, terms = self.clock(), read_terms(run)
-            settings = terms[0]
+            settings, _ = terms
             own = run(
                 "SELECT c.paused, a.id, a.item_id, a.round FROM account c LEFT JOIN assignment a ON a.account_id = c.id"
                 " AND a.state = 'leased' AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",

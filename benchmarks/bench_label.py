@@ -30,8 +30,6 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import httpx  # noqa: E402
-
 from apps.label_database import open_database  # noqa: E402
 from apps.label_items import NewItem, NewResponse  # noqa: E402
 from apps.label_store import LabelStore  # noqa: E402
@@ -62,10 +60,14 @@ class Client:
         self.connection, self.cookie = HTTPConnection("127.0.0.1", port, timeout=30), cookie
 
     def post(self, path: str, body: Any = None) -> Any:
+        """See `send`."""
+        return self.send("POST", path, body)
+
+    def send(self, method: str, path: str, body: Any = None) -> Any:
         """The answer's JSON. ConnectionError where no server answers, RuntimeError for a status other than 200."""
         headers = {"Content-Type": "application/json", "Cookie": self.cookie}
         try:
-            self.connection.request("POST", path, None if body is None else json.dumps(body), headers)
+            self.connection.request(method, path, None if body is None else json.dumps(body), headers)
             answer = self.connection.getresponse()
             data = answer.read()
         except (OSError, HTTPException) as error:
@@ -85,7 +87,7 @@ class Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self.db, self.url = db, f"http://127.0.0.1:{self.port}"
+        self.db = db
         self.start()
 
     def start(self) -> None:
@@ -93,9 +95,9 @@ class Server:
         self.process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.DEVNULL)
         while True:
             try:
-                httpx.get(f"{self.url}/healthz", timeout=5).raise_for_status()
+                Client(self.port).send("GET", "/healthz")
                 return
-            except httpx.HTTPError:
+            except ConnectionError:
                 if self.process.poll() is not None:
                     raise RuntimeError(f"the server ended with status {self.process.returncode}") from None
                 time.sleep(0.05)

@@ -31,6 +31,7 @@ def vocabulary() -> dict[str, int]:
 
 @lru_cache(maxsize=1)
 def common_words() -> frozenset[str]:
+    """The 12,000 most frequent words."""
     return frozenset(word for word, rank in vocabulary().items() if rank < 12_000)
 
 
@@ -91,5 +92,6 @@ def word_ends(joined: str) -> set[int]:
         bounds = [start, *(m.start() for m in _CAPITAL.finditer(joined, start, stretch.end())), stretch.end()]
         for first, last in zip(bounds, bounds[1:], strict=False):
             ends.update(first + cut for cut in split_words(joined[first:last])[:-1])
-            ends.add(first) if first > start else None
+            if first > start:
+                ends.add(first)
     return ends

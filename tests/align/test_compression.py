@@ -84,6 +84,17 @@ def test_a_rank_without_a_gradient_counts_as_zero(world):
     assert torch.equal(first[1], draw(3)[1]) and torch.equal(first[0], second[0])
 
 
+def test_nothing_to_send_spoils_nothing(world):
+    """LoRA's A has no gradient before B has moved: the factors are zero then, and find the next gradient all the same."""
+    zeros, powers = [[torch.zeros(shape) for shape in SHAPES]] * 2, [PowerSGD(2), PowerSGD(2)]
+    (summed, _), _ = added_up(world, powers, zeros)
+    assert all(not grad.any() for grad in summed)
+    grads = [[torch.outer(d[0][:, 0], d[0][0]), *d[1:]] for d in map(draw, (1, 2))]
+    for _ in range(8):
+        (summed, _), _ = added_up(world, powers, grads)
+    assert summed[0].norm() > 0.5 * (grads[0][0] + grads[1][0]).norm()
+
+
 def test_it_goes_on_from_its_state(world):
     whole, broken = [PowerSGD(1), PowerSGD(1)], [PowerSGD(1), PowerSGD(1)]
     for powers in (whole, broken):

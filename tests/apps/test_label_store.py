@@ -7,7 +7,7 @@ import sqlite3
 import pytest
 
 from apps.label_answers import Answer, RefusedError, Span, check_answer
-from apps.label_database import SQLiteDatabase, open_database
+from apps.label_database import PostgresDatabase, SQLiteDatabase, open_database
 from apps.label_items import LabelSettings, NewItem, NewResponse, first_broken_event
 from apps.label_queue import needs_review
 from apps.label_store import LabelStore
@@ -195,6 +195,32 @@ def test_skips_and_flags_take_no_place_and_a_flag_goes_to_review(plain, make_acc
     assert found["reasons"] == ["not my language", "personal data"]
     plain.set_item_status(found["id"], "open", by=ann.id)
     assert plain.claim(cyd.id) is not None
+
+
+def test_a_label_does_not_flag_an_item_that_a_reviewer_has_put_back_in_spite_of_its_skips(plain, make_account):
+    plain.add_items([pair(1)])
+    people = [make_account(name) for name in ("ann", "bob", "cyd", "dan", "eve")]
+    for one in people[:3]:
+        say(plain, one, Answer(outcome="skip", reason="not my language"))
+    (found,) = plain.review_queue()
+    assert found["status"] == "flagged"
+    plain.set_item_status(found["id"], "open", by=people[0].id)
+    say(plain, people[3], LEFT)
+    assert rows(plain, "SELECT status FROM item") == [{"status": "open"}]
+    say(plain, people[4], Answer(outcome="skip", reason="not my language"))
+    assert rows(plain, "SELECT status FROM item") == [{"status": "flagged"}]
+
+
+def test_writers_go_on_after_the_server_has_dropped_their_connection(store):
+    if not isinstance(store.database, PostgresDatabase):
+        pytest.skip("SQLite has no server")
+    store.add_items([pair(1)])
+    with store.database.read() as run:
+        run(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND usename IS NOT NULL"
+        )
+    store.add_items([pair(2)])
+    assert rows(store, "SELECT count(*) AS n FROM item") == [{"n": 2}]
 
 
 def test_disagreement_goes_to_review_until_a_reviewer_has_answered(plain, make_account):

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from safety.findings import ScanItem, Scanner
-from safety.input_filter.hidden_text import HiddenText
+from safety.input_filter.hidden_text import ANY, KINDS, HiddenText
 from safety.input_filter.injection import RULES, InjectionRules
 from safety.input_filter.language import Language, language_of
 from safety.input_filter.length import Length
@@ -264,6 +264,13 @@ def test_whatever_a_pattern_for_secrets_finds_has_its_hints(rule, data):
 @given(data=st.data())
 def test_no_national_number_is_passed_over(pattern, data):
     assert _MAYBE_NATIONAL.search(data.draw(st.from_regex(pattern, alphabet=PLAIN)))
+
+
+def test_no_hidden_character_is_passed_over():
+    """`ANY`, the look before the patterns, knows every character that one of them can find."""
+    for code in (*range(0x20000), *range(0xE0000, 0xE0200)):
+        text = f"a{chr(code) * 3}a {chr(code)}[0m"
+        assert ANY.search(text) or not any(pattern.search(text) for _, pattern, _ in KINDS), hex(code)
 
 
 def test_phrases_as_whole_words_with_longer_ones_allowed():
