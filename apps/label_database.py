@@ -177,8 +177,8 @@ class SQLiteDatabase:
 class PostgresDatabase:
     """A PostgreSQL database by URL, its tables made where they are missing.
 
-    One connection a reading thread, and one for all that write: they take turns anyway, and its server process keeps its
-    plans and caches warm.
+    One connection for all that write, since they take turns anyway, one for all single queries, and one a thread for
+    transactions that read: the fewer there are, the sooner their server processes have plans and caches warm.
     """
 
     def __init__(self, url: str) -> None:
@@ -190,8 +190,9 @@ class PostgresDatabase:
                 f"{mask_password(url)}: psycopg is missing; pip install 'plumbline-rlhf[postgres]'"
             ) from None
         self.url, self._connect, self._rows, self._error = url, psycopg.connect, dict_row, psycopg.OperationalError
-        self._reader, self._writer = threading.local(), SimpleNamespace()
+        self._reader, self._writer, self._asker = threading.local(), SimpleNamespace(), SimpleNamespace()
         self._turn = threading.Lock()  # writers of one process queue here, those of others at the lock in the database
+        self._asking = threading.Lock()
         try:
             with self.write() as run:
                 if not run("SELECT 1 FROM pg_tables WHERE schemaname = current_schema() AND tablename = 'setting'"):
@@ -251,12 +252,13 @@ class PostgresDatabase:
 
     def query(self, statement: str, values: Sequence[Any] = ()) -> list[Row]:
         """See `Database`."""
-        return self._first(self._reader, statement, values)[1].fetchall()
+        with self._asking:
+            return self._first(self._asker, statement, values)[1].fetchall()
 
     def close(self) -> None:
         """See `Database`."""
-        for holder in (self._reader, self._writer):
-            with self._turn:
+        for holder in (self._reader, self._writer, self._asker):
+            with self._turn, self._asking:
                 if getattr(holder, "connection", None) is not None:
                     holder.connection.close()
                     holder.connection = None

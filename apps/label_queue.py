@@ -8,7 +8,7 @@ import json
 import random
 from collections import Counter
 
-from apps.label_answers import COUNTED, Answer, by_response, by_slot, passes_gold
+from apps.label_answers import COUNTED, Answer, RefusedError, by_response, by_slot, check_answer, passes_gold
 from apps.label_database import Execute, Row
 from apps.label_items import LabelSettings, Terms, log_event, responses_of
 
@@ -16,9 +16,14 @@ FIRST, REPEAT, REVIEW = 0, 1, 2  # `assignment.round`: a first label, one's own 
 GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, below this pass rate
 
 
-def choose(run: Execute, rng: random.Random, account_id: int, settings: LabelSettings) -> tuple[int, int, str] | None:
-    """(item, round, why): gold when due, sometimes one's own again, the control slice, else the best open item."""
-    if gold := gold_due(run, rng, account_id, settings):
+def choose(
+    run: Execute, rng: random.Random, account_id: int, settings: LabelSettings, *, has_gold: bool
+) -> tuple[int, int, str] | None:
+    """(item, round, why): gold when due, sometimes one's own again, the control slice, else the best open item.
+
+    has_gold: whether any gold item is open.
+    """
+    if has_gold and (gold := gold_due(run, rng, account_id, settings)):
         return gold, FIRST, "gold"
     if rng.random() < settings.repeat_share and (again := own_again(run, rng, account_id)):
         return again, REPEAT, "repeat"
@@ -42,8 +47,6 @@ def choose(run: Execute, rng: random.Random, account_id: int, settings: LabelSet
 
 def gold_due(run: Execute, rng: random.Random, account_id: int, settings: LabelSettings) -> int | None:
     """An unseen gold item, once the annotator has done a random number of labels since the last one."""
-    if not run("SELECT id FROM item WHERE is_gold = 1 AND status = 'open' LIMIT 1"):
-        return None
     served = run(
         "SELECT count(*) AS n, max(a.id) AS last FROM assignment a JOIN item i ON i.id = a.item_id"
         " WHERE a.account_id = ? AND i.is_gold = 1",
@@ -75,9 +78,10 @@ def own_again(run: Execute, rng: random.Random, account_id: int) -> int | None:
     return rng.choice(rows[20:])["item_id"] if len(rows) >= 50 else None  # not the last 20: still remembered
 
 
-def side_order(run: Execute, rng: random.Random, account_id: int, item_id: int, round_: int) -> list[int]:
-    """Response ids by slot, in random order; reversed from one's own first time, and balanced within a pair."""
-    ids = [row["id"] for row in responses_of(run, item_id)]
+def side_order(
+    run: Execute, rng: random.Random, account_id: int, item_id: int, round_: int, ids: list[int]
+) -> list[int]:
+    """The item's response ids by slot, in random order; reversed from one's own first time, and balanced within a pair."""
     if round_ == REPEAT:
         first = run(
             "SELECT order_json FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0",
@@ -108,8 +112,8 @@ def lease(
     )
 
 
-def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
-    """What the browser may see: no model, no score, no gold, no canonical order."""
+def task(run: Execute, account_id: int, item_id: int, round_: int, answers: list[Row] | None = None) -> Row:
+    """What the browser may see: no model, no score, no gold, no canonical order. answers: of the item, if read already."""
     assignment = run(
         "SELECT a.*, i.kind, i.prompt_json, i.warning, d.payload_json AS draft, j.answer_json AS said FROM assignment a"
         " JOIN item i ON i.id = a.item_id"
@@ -119,7 +123,7 @@ def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
         (item_id, account_id, round_),
     )[0]
     draft, said = assignment["draft"], assignment["said"]
-    responses = {row["id"]: row for row in responses_of(run, item_id)}
+    responses = {row["id"]: row for row in answers or responses_of(run, item_id)}
     order = json.loads(assignment["order_json"])
     return {
         "assignment": assignment["id"],
@@ -136,30 +140,54 @@ def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
     }
 
 
-def record(run: Execute, now: float, assignment: Row, item: Row, request_id: str, answer: Answer) -> Row:
-    """Stores a checked answer as the next revision and moves lease, counts and status; returns the receipt."""
+def assignment_of(run: Execute, assignment_id: int) -> Row | None:
+    """An assignment with what its answer depends on: columns of its item, and whether there is a draft."""
+    rows = run(
+        "SELECT a.*, i.kind, i.is_gold, i.gold_json, i.target_labels, i.n_done, i.status,"
+        " EXISTS (SELECT 1 FROM draft d WHERE d.assignment_id = a.id) AS has_draft"
+        " FROM assignment a JOIN item i ON i.id = a.item_id WHERE a.id = ?",
+        (assignment_id,),
+    )
+    return rows[0] if rows else None
+
+
+def record(run: Execute, now: float, assignment: Row, request_id: str, answer: Answer) -> Row:
+    """Checks an answer, stores it as the next revision and moves lease, counts and status; returns the receipt.
+
+    assignment: of `assignment_of`. A request id that is stored already gives its receipt and changes nothing.
+    """
+    said = run(
+        "SELECT * FROM judgement WHERE request_id = ? OR (assignment_id = ? AND is_current = 1)",
+        (request_id, assignment["id"]),
+    )
+    if earlier := [row for row in said if row["request_id"] == request_id]:
+        if earlier[0]["assignment_id"] != assignment["id"]:
+            raise RefusedError(409, "this request_id was used for another answer")
+        return receipt(earlier[0], repeated=True)
+    if assignment["state"] == "withdrawn":
+        raise RefusedError(409, "this label was withdrawn")
+    texts = {row["id"]: row["text"] for row in responses_of(run, assignment["item_id"])}
     order = json.loads(assignment["order_json"])
+    check_answer(answer, assignment["kind"], [texts[r] for r in order])
     stored = by_response(answer, order)
-    before = run("SELECT * FROM judgement WHERE assignment_id = ? AND is_current = 1", (assignment["id"],))
+    before = said[0] if said else None
     late = assignment["state"] == "expired" or assignment["state"] == "leased" and assignment["lease_until"] <= now
     gold_pass = None
-    if item["is_gold"] and answer.outcome in COUNTED:
-        gold_pass = int(
-            passes_gold(stored, json.loads(item["gold_json"]), [row["id"] for row in responses_of(run, item["id"])])
-        )
+    if assignment["is_gold"] and answer.outcome in COUNTED:
+        gold_pass = int(passes_gold(stored, json.loads(assignment["gold_json"]), list(texts)))
     seq = log_event(
         run, now, assignment["account_id"], "judgement", f"assignment/{assignment['id']}",
         stored | {"request_id": request_id, "order": order},
     )  # fmt: skip
     if before:
-        run("UPDATE judgement SET is_current = 0 WHERE id = ?", (before[0]["id"],))
+        run("UPDATE judgement SET is_current = 0 WHERE id = ?", (before["id"],))
     row = run(
         "INSERT INTO judgement (assignment_id, revision, is_current, request_id, outcome, winner_id, strength,"
         " answer_json, gold_pass, late, elapsed_ms, active_ms, guideline_version, event_seq, created_at)"
         " VALUES (?,?,1,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING *",
         (
             assignment["id"],
-            before[0]["revision"] + 1 if before else 1,
+            before["revision"] + 1 if before else 1,
             request_id,
             answer.outcome,
             stored["winner_id"],
@@ -176,33 +204,36 @@ def record(run: Execute, now: float, assignment: Row, item: Row, request_id: str
     )[0]
     state = "done" if answer.outcome in COUNTED else "skipped"
     run("UPDATE assignment SET state = ?, closed_at = ? WHERE id = ?", (state, now, assignment["id"]))
-    run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
+    if assignment["has_draft"]:
+        run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
     if assignment["round"] == FIRST:
-        counted_before = bool(before) and before[0]["outcome"] in COUNTED
+        counted_before = before is not None and before["outcome"] in COUNTED
         flagged, skipped = answer.outcome == "flag", answer.outcome == "skip"
-        count(run, item, (answer.outcome in COUNTED) - counted_before, flagged=flagged, skipped=skipped)
+        count(run, assignment, (answer.outcome in COUNTED) - counted_before, flagged=flagged, skipped=skipped)
     elif assignment["round"] == REVIEW:
-        run("UPDATE item SET status = 'complete' WHERE id = ? AND is_gold = 0", (item["id"],))
+        run("UPDATE item SET status = 'complete' WHERE id = ? AND is_gold = 0", (assignment["item_id"],))
     if gold_pass is not None:
         check_gold_rate(run, now, assignment["account_id"])
     return receipt(row, repeated=False)
 
 
-def count(run: Execute, item: Row, change: int, *, flagged: bool = False, skipped: bool = False) -> None:
-    """Keeps n_done and status. A flag takes an item out until a reviewer looks; so do as many skips as labels."""
-    n_done = item["n_done"] + change
-    status = item["status"]
-    if item["is_gold"]:
+def count(run: Execute, assignment: Row, change: int, *, flagged: bool = False, skipped: bool = False) -> None:
+    """Keeps n_done and status of the item. A flag takes an item out until a reviewer looks; so do as many skips as labels."""
+    n_done = assignment["n_done"] + change
+    status = assignment["status"]
+    if assignment["is_gold"]:
         status = "flagged" if flagged else status  # gold never completes: everyone may get it
-    elif flagged or (skipped and status == "open" and _skips(run, item) >= max(3, item["target_labels"])):
+    elif flagged or (
+        skipped and status == "open" and _skips(run, assignment["item_id"]) >= max(3, assignment["target_labels"])
+    ):
         status = "flagged"
     elif status in ("open", "complete"):
-        status = "complete" if n_done >= item["target_labels"] else "open"
-    run("UPDATE item SET n_done = ?, status = ? WHERE id = ?", (n_done, status, item["id"]))
+        status = "complete" if n_done >= assignment["target_labels"] else "open"
+    run("UPDATE item SET n_done = ?, status = ? WHERE id = ?", (n_done, status, assignment["item_id"]))
 
 
-def _skips(run: Execute, item: Row) -> int:
-    return run("SELECT count(*) AS n FROM assignment WHERE item_id = ? AND state = 'skipped'", (item["id"],))[0]["n"]
+def _skips(run: Execute, item_id: int) -> int:
+    return run("SELECT count(*) AS n FROM assignment WHERE item_id = ? AND state = 'skipped'", (item_id,))[0]["n"]
 
 
 def check_gold_rate(run: Execute, now: float, account_id: int) -> None:
@@ -238,8 +269,7 @@ def withdraw(run: Execute, assignment: Row) -> None:
     run("UPDATE assignment SET state = 'withdrawn' WHERE id = ?", (assignment["id"],))
     run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
     if said and said[0]["outcome"] in COUNTED and assignment["round"] == FIRST:
-        item = run("SELECT * FROM item WHERE id = ?", (assignment["item_id"],))[0]
-        count(run, item, -1)
+        count(run, assignment, -1)
 
 
 def _split(said: list[Row]) -> str:

@@ -10,6 +10,7 @@ and agreement of the slice are then those of a random sample, however the rest w
 """
 
 import json
+import math
 import random
 import secrets
 import time
@@ -18,11 +19,12 @@ from typing import Any
 
 from apps import label_queue as queue
 from apps.label_accounts import Account, account_of, check_password_rule, insert_account, password_hasher
-from apps.label_answers import Answer, RefusedError, check_answer
+from apps.label_answers import Answer, RefusedError
 from apps.label_database import Database, Execute, Row
 from apps.label_items import (
     LabelSettings,
     NewItem,
+    Terms,
     content_hash,
     first_broken_event,
     get_setting,
@@ -36,6 +38,7 @@ from apps.label_items import (
 )
 
 MAX_DRAFT = 200_000  # characters
+QUEUE_COUNTS_AGE = 2.0  # seconds that counts of the whole queue are shown again before they are read anew
 
 
 class LabelStore:
@@ -49,6 +52,7 @@ class LabelStore:
     ) -> None:
         self.database, self.clock, self.rng = database, clock, random.Random(seed)
         self._hasher = hasher or password_hasher()
+        self._queue_counts: tuple[float, Row] = (-math.inf, {})  # when read, what: each takes a walk through all items
         first = {"session_key": secrets.token_urlsafe(32), "guidelines": "", "guideline_version": "1"}
         with database.write() as run:
             for key, value in first.items():
@@ -198,19 +202,12 @@ class LabelStore:
             if item_id is None:
                 item_id = run("SELECT id FROM item WHERE content_hash = ?", (content_hash(item),))[0]["id"]
             ids = [row["id"] for row in responses_of(run, item_id)]
-            own = "SELECT * FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0"
+            own = "SELECT id FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0"
             if not run(own, (item_id, account_id)):
                 queue.lease(run, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, ids, "chat")
-            assignment = run(own, (item_id, account_id))[0]
-            earlier = run("SELECT * FROM judgement WHERE request_id = ?", (request_id,))
-            if earlier and earlier[0]["assignment_id"] == assignment["id"]:
-                return queue.receipt(earlier[0], repeated=True)
-            if earlier:
-                raise RefusedError(409, "this request_id was used for another answer")
-            row = run("SELECT * FROM item WHERE id = ?", (item_id,))[0]
+            assignment = self._own(run, account_id, run(own, (item_id, account_id))[0]["id"])
             answer = Answer(outcome="good" if good else "bad")
-            check_answer(answer, row["kind"], [response.text for response in item.responses])
-            return queue.record(run, self.clock(), assignment, row, request_id, answer)
+            return queue.record(run, self.clock(), assignment, request_id, answer)
 
     def set_priorities(self, priorities: dict[int, float], *, model: str, by: int | None = None) -> None:
         """Sets the priority of items (higher is served earlier) and logs which model gave them."""
@@ -245,9 +242,12 @@ class LabelStore:
             now, terms = self.clock(), read_terms(run)
             settings, _ = terms
             own = run(
-                "SELECT c.paused, a.id, a.item_id, a.round FROM account c LEFT JOIN assignment a ON a.account_id = c.id"
-                " AND a.state = 'leased' AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
-                (now, queue.REVIEW, account_id),
+                "SELECT c.paused, a.id, a.item_id, a.round,"
+                " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
+                " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
+                " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
+                " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
+                (now, now, queue.REVIEW, account_id),
             )[0]
             if own["paused"]:
                 raise RefusedError(
@@ -256,14 +256,13 @@ class LabelStore:
             if own["id"] is not None:
                 run("UPDATE assignment SET lease_until = ? WHERE id = ?", (now + settings.lease_seconds, own["id"]))
                 return queue.task(run, account_id, own["item_id"], own["round"])
-            run("UPDATE assignment SET state = 'expired' WHERE state = 'leased' AND lease_until <= ?", (now,))
-            chosen = queue.choose(run, self.rng, account_id, settings)
+            if own["some_ran_out"]:
+                run("UPDATE assignment SET state = 'expired' WHERE state = 'leased' AND lease_until <= ?", (now,))
+            chosen = queue.choose(run, self.rng, account_id, settings, has_gold=bool(own["has_gold"]))
             if chosen is None:
                 return None
             item_id, round_, reason = chosen
-            order = queue.side_order(run, self.rng, account_id, item_id, round_)
-            queue.lease(run, now, terms, account_id, item_id, round_, order, reason)
-            return queue.task(run, account_id, item_id, round_)
+            return self._hand_out(run, now, terms, account_id, item_id, round_, reason)
 
     def submit(self, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
         """Stores an answer once. The same request id again gives the first receipt; another answer is a revision.
@@ -273,18 +272,7 @@ class LabelStore:
         if not 8 <= len(request_id) <= 100 or not request_id.isascii() or not request_id.isprintable():
             raise RefusedError(422, "request_id: must be 8 to 100 printable ASCII characters")
         with self.database.write() as run:
-            assignment = self._own(run, account_id, assignment_id)
-            earlier = run("SELECT * FROM judgement WHERE request_id = ?", (request_id,))
-            if earlier and earlier[0]["assignment_id"] == assignment_id:
-                return queue.receipt(earlier[0], repeated=True)
-            if earlier:
-                raise RefusedError(409, "this request_id was used for another assignment")
-            if assignment["state"] == "withdrawn":
-                raise RefusedError(409, "this label was withdrawn")
-            item = run("SELECT * FROM item WHERE id = ?", (assignment["item_id"],))[0]
-            texts = {row["id"]: row["text"] for row in responses_of(run, item["id"])}
-            check_answer(answer, item["kind"], [texts[r] for r in json.loads(assignment["order_json"])])
-            return queue.record(run, self.clock(), assignment, item, request_id, answer)
+            return queue.record(run, self.clock(), self._own(run, account_id, assignment_id), request_id, answer)
 
     def heartbeat(self, account_id: int, assignment_id: int) -> float:
         """Extends a live lease; returns until when."""
@@ -339,18 +327,17 @@ class LabelStore:
             return [models[r] for r in json.loads(assignment["order_json"])]
 
     def progress(self, account_id: int) -> Row:
-        """Counts for the page: own labels, own labels of the last hour, and the queue."""
-        with self.database.read() as run:
-            own = run(
-                "SELECT count(*) AS done, sum(CASE WHEN closed_at > ? THEN 1 ELSE 0 END) AS hour FROM assignment"
-                " WHERE account_id = ? AND state = 'done'",
-                (self.clock() - 3600, account_id),
-            )[0]
-            items = run(
-                "SELECT count(*) AS items, sum(CASE WHEN status = 'complete' THEN 1 ELSE 0 END) AS complete"
-                " FROM item WHERE is_gold = 0"
-            )[0]
-        return {name: value or 0 for name, value in (own | items).items()}
+        """Counts for the page: own labels, own labels of the last hour, and the queue as of the last second or two."""
+        now = self.clock()
+        if not 0 <= now - self._queue_counts[0] < QUEUE_COUNTS_AGE:
+            counts = "SELECT count(*) AS items, coalesce(sum(CASE WHEN status = 'complete' THEN 1 ELSE 0 END), 0) AS complete"
+            self._queue_counts = now, self.database.query(f"{counts} FROM item WHERE is_gold = 0")[0]
+        own = self.database.query(
+            "SELECT count(*) AS done, coalesce(sum(CASE WHEN closed_at > ? THEN 1 ELSE 0 END), 0) AS hour FROM assignment"
+            " WHERE account_id = ? AND state = 'done'",
+            (now - 3600, account_id),
+        )[0]
+        return own | self._queue_counts[1]
 
     # Review and audit
 
@@ -364,9 +351,7 @@ class LabelStore:
         with self.database.write() as run:
             if not run("SELECT 1 FROM item WHERE id = ?", (item_id,)):
                 raise RefusedError(404, f"no item {item_id}")
-            order = queue.side_order(run, self.rng, account_id, item_id, queue.REVIEW)
-            queue.lease(run, self.clock(), read_terms(run), account_id, item_id, queue.REVIEW, order, "review")
-            return queue.task(run, account_id, item_id, queue.REVIEW)
+            return self._hand_out(run, self.clock(), read_terms(run), account_id, item_id, queue.REVIEW, "review")
 
     def events(self, after: int = 0, limit: int = 1000) -> list[Row]:
         """The audit trail from sequence number `after` on."""
@@ -378,10 +363,18 @@ class LabelStore:
         with self.database.read() as run:
             return first_broken_event(run("SELECT * FROM event ORDER BY seq"))
 
+    def _hand_out(
+        self, run: Execute, now: float, terms: Terms, account_id: int, item_id: int, round_: int, reason: str
+    ) -> Row:
+        answers = responses_of(run, item_id)
+        order = queue.side_order(run, self.rng, account_id, item_id, round_, [row["id"] for row in answers])
+        queue.lease(run, now, terms, account_id, item_id, round_, order, reason)
+        return queue.task(run, account_id, item_id, round_, answers)
+
     def _own(self, run: Execute, account_id: int, assignment_id: int) -> Row:
-        rows = run("SELECT * FROM assignment WHERE id = ?", (assignment_id,)) if assignment_id < 2**31 else []
-        if not rows:
+        assignment = queue.assignment_of(run, assignment_id) if assignment_id < 2**31 else None
+        if assignment is None:
             raise RefusedError(404, f"no assignment {assignment_id}")
-        if rows[0]["account_id"] != account_id:
+        if assignment["account_id"] != account_id:
             raise RefusedError(403, f"assignment {assignment_id} belongs to another annotator")
-        return rows[0]
+        return assignment
