@@ -123,7 +123,7 @@ class Embedder:
 
     def _compute(self, texts: Sequence[str]) -> list[Windows]:
         body = self.window - 2  # without [CLS] and [SEP]
-        ids: list[list[int]] = []
+        ids: list[tuple[int, ...]] = []
         spans: list[list[tuple[int, int]]] = []
         added: list[list[int]] = []
         for encoding in self._tokenizer.encode_batch(list(texts), add_special_tokens=False):
@@ -132,11 +132,13 @@ class Embedder:
             added.append([])
             for start in starts:
                 piece = slice(start, start + body)
-                ids.append([self._cls, *encoding.ids[piece], self._sep])  # type: ignore[list-item]
+                ids.append((self._cls, *encoding.ids[piece], self._sep))  # type: ignore[arg-type]
                 offsets = encoding.offsets[piece] or [(0, 0)]
                 spans[-1].append((offsets[0][0], offsets[-1][1]))
                 added[-1].append(max(1, len(ids[-1]) - 2 - (self.overlap if start else 0)))
-        vectors = self._forward(ids)
+        # The tokenizer drops case, accents and blanks: readings of a text that differ in nothing else are computed once.
+        place = {row: at for at, row in enumerate(dict.fromkeys(ids))}
+        vectors = self._forward(list(place))[[place[row] for row in ids]]
         windows, first = [], 0
         for text_spans, tokens in zip(spans, added, strict=True):
             last = first + len(text_spans)
@@ -144,7 +146,7 @@ class Embedder:
             first = last
         return windows
 
-    def _forward(self, ids: list[list[int]]) -> np.ndarray:
+    def _forward(self, ids: list[tuple[int, ...]]) -> np.ndarray:
         """Mean-pooled unit vectors of token lists, in length-sorted batches of at most `batch_tokens`."""
         vectors = np.zeros((len(ids), WIDTH), dtype=np.float32)
         order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
@@ -154,7 +156,7 @@ class Embedder:
             vectors[rows] = pooled / np.linalg.norm(pooled, axis=1, keepdims=True)
         return vectors
 
-    def _batch(self, order: list[int], ids: list[list[int]]) -> tuple[list[int], list[int]]:
+    def _batch(self, order: list[int], ids: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
         """The longest texts of `order`, as many as fit into `batch_tokens`, and the rest. onnxruntime counts padding, torch has none."""
         longest = len(ids[order[-1]])
         count, tokens = 1, longest
@@ -166,7 +168,7 @@ class Embedder:
         return order[-count:], order[:-count]
 
 
-Mean = Callable[[list[list[int]]], np.ndarray]  # token ids -> (texts, 384): the mean of the last states
+Mean = Callable[[Sequence[Sequence[int]]], np.ndarray]  # token ids -> (texts, 384): the mean of the last states
 
 
 def _on_onnx(model_file: Path, threads: int) -> Mean:
@@ -177,7 +179,7 @@ def _on_onnx(model_file: Path, threads: int) -> Mean:
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(model_file), options, providers=["CPUExecutionProvider"])
 
-    def mean(ids: list[list[int]]) -> np.ndarray:
+    def mean(ids: Sequence[Sequence[int]]) -> np.ndarray:
         input_ids = np.zeros((len(ids), max(map(len, ids))), dtype=np.int64)
         keep = np.zeros_like(input_ids)
         for at, row in enumerate(ids):

@@ -113,6 +113,16 @@ def test_no_texts_and_repeated_texts(embedder):
 
 
 @needs_wheels
+def test_readings_of_the_same_tokens_are_computed_once():
+    fresh = Embedder(cache_size=0)
+    computed = []
+    mean = fresh._mean
+    fresh._mean = lambda ids: computed.extend(ids) or mean(ids)
+    one, two, other = fresh.embed(["The courtyard Café  is open", "the courtyard cafe is open", "It is closed"])
+    assert len(computed) == 2
+    assert (one == two).all() and not (one == other).all()
+
+
 def test_bad_input(embedder):
     with pytest.raises(TypeError, match="one string"):
         embedder.embed("one string")
