@@ -12,14 +12,14 @@ on a local disk; network mounts break its locks.
 import re
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
 Row = dict[str, Any]
-Execute = Callable[..., list[Row]]  # (statement, values) -> rows; an empty list where a statement returns none
+Statement = tuple[str, Sequence[Any]]  # with the values of its places
 
 SCHEMA_VERSION = 1
 
@@ -91,6 +91,16 @@ _POSTGRES_TRIGGERS = [
 ]
 
 
+class Execute(Protocol):
+    """Runs statements of one transaction."""
+
+    def __call__(self, statement: str, values: Sequence[Any] = (), /) -> list[Row]:
+        """The rows; an empty list where a statement returns none."""
+
+    def together(self, *statements: Statement) -> list[list[Row]]:
+        """The rows of each, in order: one round trip for statements of which none needs to know what another one returned."""
+
+
 class Database(Protocol):
     """The join between the store and a database engine."""
 
@@ -147,7 +157,7 @@ class SQLiteDatabase:
         connection = self._connection()
         connection.execute(begin)
         try:
-            yield lambda statement, values=(): connection.execute(statement, values).fetchall()
+            yield _SQLiteExecute(connection)
         except BaseException:
             connection.execute("ROLLBACK")
             raise
@@ -172,6 +182,17 @@ class SQLiteDatabase:
         if getattr(self._local, "connection", None) is not None:
             self._local.connection.close()
             self._local.connection = None
+
+
+class _SQLiteExecute:
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.connection = connection
+
+    def __call__(self, statement: str, values: Sequence[Any] = (), /) -> list[Row]:
+        return self.connection.execute(statement, values).fetchall()
+
+    def together(self, *statements: Statement) -> list[list[Row]]:
+        return [self(*one) for one in statements]
 
 
 class PostgresDatabase:
@@ -227,12 +248,7 @@ class PostgresDatabase:
         connection = self._connection(holder)
         try:
             connection, _ = self._first(holder, begin)
-
-            def run(statement: str, values: Sequence[Any] = ()) -> list[Row]:
-                cursor = connection.execute(_percent(statement, values), values or None)
-                return cursor.fetchall() if cursor.description else []
-
-            yield run
+            yield _PostgresExecute(connection)
         except BaseException:
             if not connection.closed:
                 connection.execute("ROLLBACK")
@@ -262,6 +278,23 @@ class PostgresDatabase:
                 if getattr(holder, "connection", None) is not None:
                     holder.connection.close()
                     holder.connection = None
+
+
+class _PostgresExecute:
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def __call__(self, statement: str, values: Sequence[Any] = (), /) -> list[Row]:
+        return _rows(self.connection.execute(_percent(statement, values), values or None))
+
+    def together(self, *statements: Statement) -> list[list[Row]]:
+        with self.connection.pipeline():
+            cursors = [self.connection.execute(_percent(one, values), values or None) for one, values in statements]
+        return [_rows(cursor) for cursor in cursors]
+
+
+def _rows(cursor: Any) -> list[Row]:
+    return cursor.fetchall() if cursor.description else []
 
 
 def _percent(statement: str, values: Sequence[Any]) -> str:

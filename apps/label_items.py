@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from apps.label_database import Execute, Row
+from apps.label_database import Execute, Row, Statement
 
 MAX_ANSWERS = 6
 
@@ -133,7 +133,12 @@ Terms = tuple[LabelSettings, int]  # settings and the version of the guidelines
 
 def responses_of(run: Execute, item_id: int) -> list[Row]:
     """The answers of an item in canonical order."""
-    return run("SELECT * FROM response WHERE item_id = ? ORDER BY idx", (item_id,))
+    return run(*select_responses(item_id))
+
+
+def select_responses(item_id: int) -> Statement:
+    """What `responses_of` runs."""
+    return "SELECT * FROM response WHERE item_id = ? ORDER BY idx", (item_id,)
 
 
 def get_setting(run: Execute, key: str) -> str | None:
@@ -155,9 +160,16 @@ def read_settings(run: Execute) -> LabelSettings:
     return read_terms(run)[0]
 
 
+SELECT_TERMS: Statement = "SELECT key, value FROM setting WHERE key IN ('label_settings', 'guideline_version')", ()
+
+
 def read_terms(run: Execute) -> Terms:
     """(settings, guideline version) in force."""
-    rows = run("SELECT key, value FROM setting WHERE key IN ('label_settings', 'guideline_version')")
+    return terms_of(run(*SELECT_TERMS))
+
+
+def terms_of(rows: list[Row]) -> Terms:
+    """Terms from the rows of SELECT_TERMS."""
     found = {row["key"]: row["value"] for row in rows}
     return settings_of(json.loads(found.get("label_settings") or "{}")), int(found.get("guideline_version") or 1)
 
@@ -177,20 +189,28 @@ def settings_of(stored: dict[str, Any]) -> LabelSettings:
     return LabelSettings(**stored)
 
 
+SELECT_LAST_EVENT: Statement = "SELECT hash FROM event ORDER BY seq DESC LIMIT 1", ()
+
+
 def log_event(
     run: Execute, now: float, account_id: int | None, kind: str, subject: str, payload: dict[str, Any]
 ) -> int:
-    """Appends to the audit trail; returns the sequence number. Each hash covers the one before it."""
-    last = run("SELECT hash FROM event ORDER BY seq DESC LIMIT 1")
+    """Appends to the audit trail; returns the sequence number."""
+    return run(*insert_event(run(*SELECT_LAST_EVENT), now, account_id, kind, subject, payload))[0]["seq"]
+
+
+def insert_event(
+    last: list[Row], now: float, account_id: int | None, kind: str, subject: str, payload: dict[str, Any]
+) -> Statement:
+    """The statement that appends an event and returns its `seq`. last: the rows of SELECT_LAST_EVENT; each hash covers the one before."""
     previous = last[0]["hash"] if last else ""
     text = json.dumps(payload, ensure_ascii=False, sort_keys=True)
     digest = event_hash(previous, now, account_id, kind, subject, text)
-    rows = run(
+    return (
         "INSERT INTO event (at, account_id, kind, subject, payload_json, prev_hash, hash) VALUES (?,?,?,?,?,?,?)"
         " RETURNING seq",
         (now, account_id, kind, subject, text, previous, digest),
     )
-    return rows[0]["seq"]
 
 
 def event_hash(previous: str, at: float, account_id: int | None, kind: str, subject: str, payload_json: str) -> str:

@@ -9,8 +9,8 @@ import random
 from collections import Counter
 
 from apps.label_answers import COUNTED, Answer, RefusedError, by_response, by_slot, check_answer, passes_gold
-from apps.label_database import Execute, Row
-from apps.label_items import LabelSettings, Terms, log_event, responses_of
+from apps.label_database import Execute, Row, Statement
+from apps.label_items import SELECT_LAST_EVENT, LabelSettings, Terms, insert_event, log_event, select_responses
 
 FIRST, REPEAT, REVIEW = 0, 1, 2  # `assignment.round`: a first label, one's own item again, a reviewer's decision
 GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, below this pass rate
@@ -78,52 +78,81 @@ def own_again(run: Execute, rng: random.Random, account_id: int) -> int | None:
     return rng.choice(rows[20:])["item_id"] if len(rows) >= 50 else None  # not the last 20: still remembered
 
 
-def side_order(
-    run: Execute, rng: random.Random, account_id: int, item_id: int, round_: int, ids: list[int]
-) -> list[int]:
-    """The item's response ids by slot, in random order; reversed from one's own first time, and balanced within a pair."""
-    if round_ == REPEAT:
-        first = run(
-            "SELECT order_json FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0",
-            (item_id, account_id),
-        )
-        return list(reversed(json.loads(first[0]["order_json"])))
-    shown = run("SELECT order_json FROM assignment WHERE item_id = ? AND round = 0 ORDER BY id", (item_id,))
-    if len(ids) == 2 and len(shown) % 2:  # every second annotator of a pair sees the other side first
-        return list(reversed(json.loads(shown[-1]["order_json"])))
-    rng.shuffle(ids)
-    return ids
+def hand_out(
+    run: Execute, rng: random.Random, now: float, terms: Terms, account_id: int, item_id: int, round_: int, reason: str
+) -> Row:
+    """Leases an item to an annotator, its answers in an order of their own; returns the task."""
+    of_one = round_ == REPEAT
+    answers, shown = run.together(
+        select_responses(item_id),
+        (
+            "SELECT order_json FROM assignment WHERE item_id = ? AND round = 0"
+            f"{' AND account_id = ?' if of_one else ''} ORDER BY id",
+            (item_id, account_id) if of_one else (item_id,),
+        ),
+    )
+    order = side_order(rng, round_, [row["id"] for row in answers], [json.loads(row["order_json"]) for row in shown])
+    return lease(run, now, terms, account_id, item_id, round_, order, reason, answers)
+
+
+def side_order(rng: random.Random, round_: int, ids: list[int], shown: list[list[int]]) -> list[int]:
+    """Response ids by slot, in random order; reversed from one's own first time, and balanced within a pair.
+
+    ids: of the item, in canonical order. shown: the orders of its first labels, oldest first; of REPEAT one's own.
+    """
+    # Every second annotator of a pair sees the other side first.
+    if round_ == REPEAT or len(ids) == 2 and len(shown) % 2:
+        return shown[-1][::-1]
+    return rng.sample(ids, len(ids))
 
 
 def lease(
-    run: Execute, now: float, terms: Terms, account_id: int, item_id: int, round_: int, order: list[int], reason: str
-) -> None:
-    """Hands an item to an annotator with the answers in `order` (response ids by slot); an own expired lease revives."""
+    run: Execute, now: float, terms: Terms, account_id: int, item_id: int, round_: int, order: list[int], reason: str,
+    answers: list[Row],
+) -> Row:  # fmt: skip
+    """Hands an item to an annotator with its answers in `order` (ids by slot), and returns the task; an own expired lease revives.
+
+    answers: of the item, in canonical order.
+    """
     settings, version = terms
-    row = run(
-        "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
-        " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
-        " ON CONFLICT (item_id, account_id, round) DO UPDATE SET state = 'leased', lease_until = excluded.lease_until,"
-        " served_at = excluded.served_at RETURNING id",
-        (item_id, account_id, round_, now + settings.lease_seconds, json.dumps(order), reason, version, now),
-    )[0]
-    log_event(
-        run, now, account_id, "serve", f"assignment/{row['id']}", {"item": item_id, "why": reason, "order": order}
+    (row,), last = run.together(
+        (
+            "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
+            " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
+            " ON CONFLICT (item_id, account_id, round) DO UPDATE SET state = 'leased', lease_until = excluded.lease_until,"
+            " served_at = excluded.served_at RETURNING id",
+            (item_id, account_id, round_, now + settings.lease_seconds, json.dumps(order), reason, version, now),
+        ),
+        SELECT_LAST_EVENT,
     )
+    what = {"item": item_id, "why": reason, "order": order}
+    event = insert_event(last, now, account_id, "serve", f"assignment/{row['id']}", what)
+    _, rows = run.together(event, select_task(account_id, item_id, round_))
+    return task_of(rows[0], answers)
 
 
-def task(run: Execute, account_id: int, item_id: int, round_: int, answers: list[Row] | None = None) -> Row:
-    """What the browser may see: no model, no score, no gold, no canonical order. answers: of the item, if read already."""
-    assignment = run(
+def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
+    """What the browser may see of an assignment: no model, no score, no gold, no canonical order."""
+    rows, answers = run.together(select_task(account_id, item_id, round_), select_responses(item_id))
+    return task_of(rows[0], answers)
+
+
+def select_task(account_id: int, item_id: int, round_: int) -> Statement:
+    """The assignment with what `task_of` shows of it."""
+    return (
         "SELECT a.*, i.kind, i.prompt_json, i.warning, d.payload_json AS draft, j.answer_json AS said FROM assignment a"
         " JOIN item i ON i.id = a.item_id"
         " LEFT JOIN draft d ON d.assignment_id = a.id"
         " LEFT JOIN judgement j ON j.assignment_id = a.id AND j.is_current = 1"
         " WHERE a.item_id = ? AND a.account_id = ? AND a.round = ?",
         (item_id, account_id, round_),
-    )[0]
+    )
+
+
+def task_of(assignment: Row, answers: list[Row]) -> Row:
+    """See `task`."""
     draft, said = assignment["draft"], assignment["said"]
-    responses = {row["id"]: row for row in answers or responses_of(run, item_id)}
+    responses = {row["id"]: row for row in answers}
     order = json.loads(assignment["order_json"])
     return {
         "assignment": assignment["id"],
@@ -140,33 +169,50 @@ def task(run: Execute, account_id: int, item_id: int, round_: int, answers: list
     }
 
 
-def assignment_of(run: Execute, assignment_id: int) -> Row | None:
+def select_assignment(assignment_id: int) -> Statement:
     """An assignment with what its answer depends on: columns of its item, and whether there is a draft."""
-    rows = run(
+    return (
         "SELECT a.*, i.kind, i.is_gold, i.gold_json, i.target_labels, i.n_done, i.status,"
         " EXISTS (SELECT 1 FROM draft d WHERE d.assignment_id = a.id) AS has_draft"
         " FROM assignment a JOIN item i ON i.id = a.item_id WHERE a.id = ?",
         (assignment_id,),
     )
-    return rows[0] if rows else None
 
 
-def record(run: Execute, now: float, assignment: Row, request_id: str, answer: Answer) -> Row:
+def own(rows: list[Row], account_id: int, assignment_id: int) -> Row:
+    """The row of `select_assignment`; RefusedError where there is none or where it is another annotator's."""
+    if not rows:
+        raise RefusedError(404, f"no assignment {assignment_id}")
+    if rows[0]["account_id"] != account_id:
+        raise RefusedError(403, f"assignment {assignment_id} belongs to another annotator")
+    return rows[0]
+
+
+def record(run: Execute, now: float, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
     """Checks an answer, stores it as the next revision and moves lease, counts and status; returns the receipt.
 
-    assignment: of `assignment_of`. A request id that is stored already gives its receipt and changes nothing.
+    A request id that is stored already gives its receipt and changes nothing.
     """
-    said = run(
-        "SELECT * FROM judgement WHERE request_id = ? OR (assignment_id = ? AND is_current = 1)",
-        (request_id, assignment["id"]),
+    found, said, answers, last = run.together(
+        select_assignment(assignment_id),
+        (
+            "SELECT * FROM judgement WHERE request_id = ? OR (assignment_id = ? AND is_current = 1)",
+            (request_id, assignment_id),
+        ),
+        (
+            "SELECT r.id, r.text FROM response r JOIN assignment a ON a.item_id = r.item_id WHERE a.id = ? ORDER BY r.idx",
+            (assignment_id,),
+        ),
+        SELECT_LAST_EVENT,
     )
+    assignment = own(found, account_id, assignment_id)
     if earlier := [row for row in said if row["request_id"] == request_id]:
-        if earlier[0]["assignment_id"] != assignment["id"]:
+        if earlier[0]["assignment_id"] != assignment_id:
             raise RefusedError(409, "this request_id was used for another answer")
         return receipt(earlier[0], repeated=True)
     if assignment["state"] == "withdrawn":
         raise RefusedError(409, "this label was withdrawn")
-    texts = {row["id"]: row["text"] for row in responses_of(run, assignment["item_id"])}
+    texts = {row["id"]: row["text"] for row in answers}
     order = json.loads(assignment["order_json"])
     check_answer(answer, assignment["kind"], [texts[r] for r in order])
     stored = by_response(answer, order)
@@ -175,45 +221,48 @@ def record(run: Execute, now: float, assignment: Row, request_id: str, answer: A
     gold_pass = None
     if assignment["is_gold"] and answer.outcome in COUNTED:
         gold_pass = int(passes_gold(stored, json.loads(assignment["gold_json"]), list(texts)))
-    seq = log_event(
-        run, now, assignment["account_id"], "judgement", f"assignment/{assignment['id']}",
-        stored | {"request_id": request_id, "order": order},
-    )  # fmt: skip
+    event = stored | {"request_id": request_id, "order": order}
+    seq = run(*insert_event(last, now, account_id, "judgement", f"assignment/{assignment_id}", event))[0]["seq"]
+    counted = answer.outcome in COUNTED
+    changes: list[Statement] = []
     if before:
-        run("UPDATE judgement SET is_current = 0 WHERE id = ?", (before["id"],))
-    row = run(
-        "INSERT INTO judgement (assignment_id, revision, is_current, request_id, outcome, winner_id, strength,"
-        " answer_json, gold_pass, late, elapsed_ms, active_ms, guideline_version, event_seq, created_at)"
-        " VALUES (?,?,1,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING *",
-        (
-            assignment["id"],
-            before["revision"] + 1 if before else 1,
-            request_id,
-            answer.outcome,
-            stored["winner_id"],
-            answer.strength,
-            json.dumps(stored, ensure_ascii=False),
-            gold_pass,
-            int(late),
-            answer.elapsed_ms,
-            answer.active_ms,
-            assignment["guideline_version"],
-            seq,
-            now,
-        ),
-    )[0]
-    state = "done" if answer.outcome in COUNTED else "skipped"
-    run("UPDATE assignment SET state = ?, closed_at = ? WHERE id = ?", (state, now, assignment["id"]))
+        changes.append(("UPDATE judgement SET is_current = 0 WHERE id = ?", (before["id"],)))
     if assignment["has_draft"]:
-        run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
+        changes.append(("DELETE FROM draft WHERE assignment_id = ?", (assignment_id,)))
+    closed = "done" if counted else "skipped", now, assignment_id
+    changes.append(("UPDATE assignment SET state = ?, closed_at = ? WHERE id = ?", closed))
+    changes.append(
+        (
+            "INSERT INTO judgement (assignment_id, revision, is_current, request_id, outcome, winner_id, strength,"
+            " answer_json, gold_pass, late, elapsed_ms, active_ms, guideline_version, event_seq, created_at)"
+            " VALUES (?,?,1,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING *",
+            (
+                assignment_id,
+                before["revision"] + 1 if before else 1,
+                request_id,
+                answer.outcome,
+                stored["winner_id"],
+                answer.strength,
+                json.dumps(stored, ensure_ascii=False),
+                gold_pass,
+                int(late),
+                answer.elapsed_ms,
+                answer.active_ms,
+                assignment["guideline_version"],
+                seq,
+                now,
+            ),
+        )
+    )
+    *_, (row,) = run.together(*changes)
     if assignment["round"] == FIRST:
         counted_before = before is not None and before["outcome"] in COUNTED
         flagged, skipped = answer.outcome == "flag", answer.outcome == "skip"
-        count(run, assignment, (answer.outcome in COUNTED) - counted_before, flagged=flagged, skipped=skipped)
+        count(run, assignment, counted - counted_before, flagged=flagged, skipped=skipped)
     elif assignment["round"] == REVIEW:
         run("UPDATE item SET status = 'complete' WHERE id = ? AND is_gold = 0", (assignment["item_id"],))
     if gold_pass is not None:
-        check_gold_rate(run, now, assignment["account_id"])
+        check_gold_rate(run, now, account_id)
     return receipt(row, repeated=False)
 
 

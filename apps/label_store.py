@@ -22,9 +22,9 @@ from apps.label_accounts import Account, account_of, check_password_rule, insert
 from apps.label_answers import Answer, RefusedError
 from apps.label_database import Database, Execute, Row
 from apps.label_items import (
+    SELECT_TERMS,
     LabelSettings,
     NewItem,
-    Terms,
     content_hash,
     first_broken_event,
     get_setting,
@@ -35,6 +35,7 @@ from apps.label_items import (
     read_terms,
     responses_of,
     settings_of,
+    terms_of,
 )
 
 MAX_DRAFT = 200_000  # characters
@@ -186,11 +187,9 @@ class LabelStore:
             item_id = insert_item(run, self.rng, self.clock(), item, read_settings(run))
             if item_id is None:
                 raise RefusedError(409, "this prompt with these answers is in the queue already; change the prompt")
-            ids = [row["id"] for row in responses_of(run, item_id)]
-            queue.lease(
-                run, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, [ids[i] for i in order], "arena"
-            )
-            return queue.task(run, account_id, item_id, queue.FIRST)
+            answers, terms = responses_of(run, item_id), read_terms(run)
+            by_slot = [answers[index]["id"] for index in order]
+            return queue.lease(run, self.clock(), terms, account_id, item_id, queue.FIRST, by_slot, "arena", answers)
 
     def add_thumb(self, account_id: int, item: NewItem, *, good: bool, request_id: str) -> Row:
         """Stores what the account thinks of one answer that it was given (`plumbline chat`); returns the receipt.
@@ -201,13 +200,12 @@ class LabelStore:
             item_id = insert_item(run, self.rng, self.clock(), item, read_settings(run))
             if item_id is None:
                 item_id = run("SELECT id FROM item WHERE content_hash = ?", (content_hash(item),))[0]["id"]
-            ids = [row["id"] for row in responses_of(run, item_id)]
             own = "SELECT id FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0"
             if not run(own, (item_id, account_id)):
-                queue.lease(run, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, ids, "chat")
-            assignment = self._own(run, account_id, run(own, (item_id, account_id))[0]["id"])
+                queue.hand_out(run, self.rng, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, "chat")
+            assignment = run(own, (item_id, account_id))[0]["id"]
             answer = Answer(outcome="good" if good else "bad")
-            return queue.record(run, self.clock(), assignment, request_id, answer)
+            return queue.record(run, self.clock(), account_id, assignment, request_id, answer)
 
     def set_priorities(self, priorities: dict[int, float], *, model: str, by: int | None = None) -> None:
         """Sets the priority of items (higher is served earlier) and logs which model gave them."""
@@ -239,16 +237,19 @@ class LabelStore:
     def claim(self, account_id: int) -> Row | None:
         """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
         with self.database.write() as run:
-            now, terms = self.clock(), read_terms(run)
-            settings, _ = terms
-            own = run(
-                "SELECT c.paused, a.id, a.item_id, a.round,"
-                " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
-                " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
-                " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
-                " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
-                (now, now, queue.REVIEW, account_id),
-            )[0]
+            now = self.clock()
+            stored, (own,) = run.together(
+                SELECT_TERMS,
+                (
+                    "SELECT c.paused, a.id, a.item_id, a.round,"
+                    " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
+                    " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
+                    " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
+                    " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
+                    (now, now, queue.REVIEW, account_id),
+                ),
+            )
+            terms = settings, _ = terms_of(stored)
             if own["paused"]:
                 raise RefusedError(
                     403, "labelling is paused for this account until a reviewer has looked at its answers"
@@ -262,7 +263,7 @@ class LabelStore:
             if chosen is None:
                 return None
             item_id, round_, reason = chosen
-            return self._hand_out(run, now, terms, account_id, item_id, round_, reason)
+            return queue.hand_out(run, self.rng, now, terms, account_id, item_id, round_, reason)
 
     def submit(self, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
         """Stores an answer once. The same request id again gives the first receipt; another answer is a revision.
@@ -272,7 +273,7 @@ class LabelStore:
         if not 8 <= len(request_id) <= 100 or not request_id.isascii() or not request_id.isprintable():
             raise RefusedError(422, "request_id: must be 8 to 100 printable ASCII characters")
         with self.database.write() as run:
-            return queue.record(run, self.clock(), self._own(run, account_id, assignment_id), request_id, answer)
+            return queue.record(run, self.clock(), account_id, _key(assignment_id), request_id, answer)
 
     def heartbeat(self, account_id: int, assignment_id: int) -> float:
         """Extends a live lease; returns until when."""
@@ -351,7 +352,8 @@ class LabelStore:
         with self.database.write() as run:
             if not run("SELECT 1 FROM item WHERE id = ?", (item_id,)):
                 raise RefusedError(404, f"no item {item_id}")
-            return self._hand_out(run, self.clock(), read_terms(run), account_id, item_id, queue.REVIEW, "review")
+            terms = read_terms(run)
+            return queue.hand_out(run, self.rng, self.clock(), terms, account_id, item_id, queue.REVIEW, "review")
 
     def events(self, after: int = 0, limit: int = 1000) -> list[Row]:
         """The audit trail from sequence number `after` on."""
@@ -363,18 +365,10 @@ class LabelStore:
         with self.database.read() as run:
             return first_broken_event(run("SELECT * FROM event ORDER BY seq"))
 
-    def _hand_out(
-        self, run: Execute, now: float, terms: Terms, account_id: int, item_id: int, round_: int, reason: str
-    ) -> Row:
-        answers = responses_of(run, item_id)
-        order = queue.side_order(run, self.rng, account_id, item_id, round_, [row["id"] for row in answers])
-        queue.lease(run, now, terms, account_id, item_id, round_, order, reason)
-        return queue.task(run, account_id, item_id, round_, answers)
-
     def _own(self, run: Execute, account_id: int, assignment_id: int) -> Row:
-        assignment = queue.assignment_of(run, assignment_id) if assignment_id < 2**31 else None
-        if assignment is None:
-            raise RefusedError(404, f"no assignment {assignment_id}")
-        if assignment["account_id"] != account_id:
-            raise RefusedError(403, f"assignment {assignment_id} belongs to another annotator")
-        return assignment
+        return queue.own(run(*queue.select_assignment(_key(assignment_id))), account_id, assignment_id)
+
+
+def _key(number: int) -> int:
+    """The number, or 0, which no row has, where it is beyond what PostgreSQL holds as a key."""
+    return number if number < 2**31 else 0

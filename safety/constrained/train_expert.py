@@ -1,7 +1,9 @@
 """`python -m safety.constrained.train_expert`: the safety expert of SafeDecoding, a small LoRA adapter on the policy's own weights.
 
-Trained on good answers: refusals of harmful prompts, and helpful answers to the harmless ones that sound like them, in equal parts.
-The paper trains on refusals alone; an expert that only knows how to refuse then pulls harmless prompts down with it.
+Trained to open its answer to a harmful prompt with one stock decline, and to go on answering harmless prompts that sound like
+them as the model does without it, in equal parts. The paper trains on refusals alone: an expert that only knows how to refuse
+then pulls harmless prompts down with it. And the decline is always the same one, because SafeDecoding asks for the first tokens only:
+a hundred ways to decline leave none of them likely.
 
     python -m safety.constrained.train_expert --model bundled:smollm2-135m-instruct --out runs/expert
 
@@ -23,38 +25,51 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from policy_models.chat import encode_prompts, sample_answers
+
 STARTER = Path(__file__).parents[2] / "data" / "starter"
+DECLINE = "I can't help with that."
+ANSWER_TOKENS = 24  # of an answer that the expert learns: more than SafeDecoding ever asks for
+
+Row = tuple[str, str]  # prompt and answer
 
 
-def expert_rows(folder: Path = STARTER) -> list[tuple[str, str]]:
-    """(prompt, answer): harmful prompts with their refusals, and as many twins with their answers."""
-    harmful: list[tuple[str, str]] = []
-    twins: list[tuple[str, str]] = []
-    for file, answer in (("sft.jsonl", "answer"), ("preferences.jsonl", "chosen")):
+def expert_prompts(folder: Path = STARTER) -> tuple[list[str], list[str]]:
+    """Harmful prompts of the starter data, and as many harmless ones that sound like them."""
+    prompts: dict[str, dict[str, None]] = {"harmful": {}, "twin": {}}
+    for file in ("sft.jsonl", "preferences.jsonl", "harm_twins.jsonl"):
         for line in (folder / file).read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            if row["kind"] in ("harmful", "twin"):
-                (harmful if row["kind"] == "harmful" else twins).append((row["prompt"], row[answer]))
-    return [*harmful, *twins[: len(harmful)]]
+            if row["kind"] in prompts:
+                prompts[row["kind"]][row["prompt"]] = None
+    harmful, twins = map(list, prompts.values())
+    return harmful, twins[: len(harmful)]
+
+
+def expert_rows(model: Any, tokenizer: Any, harmful: Sequence[str], harmless: Sequence[str]) -> list[Row]:
+    """(prompt, answer): DECLINE for harmful prompts; for harmless ones how the model itself begins its answer, greedy."""
+    prompt_ids = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in harmless])
+    _, own = sample_answers(model, tokenizer, prompt_ids, max_new_tokens=ANSWER_TOKENS, temperature=0.0, generator=None)
+    return [*((prompt, DECLINE) for prompt in harmful), *zip(harmless, own, strict=True)]
 
 
 def train_expert(
     model: Any,
     tokenizer: Any,
-    rows: Sequence[tuple[str, str]],
+    rows: Sequence[Row],
     *,
-    steps: int = 40,
+    steps: int = 70,
     rows_per_step: int = 8,
     learning_rate: float = 1e-3,
     top_layers: int = 10,
-    answer_tokens: int = 24,
+    answer_tokens: int = ANSWER_TOKENS,
     rank: int = 8,
     seed: int = 0,
 ) -> tuple[Any, list[float]]:
     """The PEFT model with its adapter "expert", and the loss of each step in nats a token.
 
-    The loss is on the first `answer_tokens` of an answer: more than SafeDecoding ever asks for. Adapters sit on the last
-    `top_layers` layers, so that the backward pass ends there.
+    The loss is on the first `answer_tokens` of an answer. Adapters sit on the last `top_layers` layers, so that the backward pass
+    ends there.
 
     Raises:
         RuntimeError: when the loss is not finite.
@@ -127,14 +142,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     from policy_models.loading import load_policy, load_tokenizer
 
-    rows = expert_rows()
     model, tokenizer = load_policy(args.model), load_tokenizer(args.model)
     started = time.perf_counter()
+    rows = expert_rows(model, tokenizer, *expert_prompts())
     peft, losses = train_expert(model, tokenizer, rows, steps=args.steps, seed=args.seed)
     peft.save_pretrained(str(args.out), selected_adapters=["expert"])
     figures = {"rows": len(rows), "first_loss": losses[0], "last_loss": losses[-1], "s": time.perf_counter() - started}

@@ -183,12 +183,15 @@ def test_best_of_blocks_runs_processors_over_the_whole_answer(tiny):
 
 
 def test_an_expert_learns_and_can_be_switched(tiny):
-    from safety.constrained.train_expert import expert_rows, train_expert
+    from safety.constrained.train_expert import DECLINE, expert_prompts, expert_rows, train_expert
 
     model, tokenizer = tiny
-    rows = expert_rows()
-    assert len(rows) > 100
-    peft, losses = train_expert(model, tokenizer, rows[:4], steps=12, rows_per_step=4, learning_rate=1e-2)
+    harmful, harmless = expert_prompts()
+    assert len(harmful) == len(harmless) > 100
+    rows = expert_rows(model, tokenizer, harmful[:2], harmless[:2])
+    assert [prompt for prompt, _ in rows] == [*harmful[:2], *harmless[:2]]
+    assert rows[0][1] == rows[1][1] == DECLINE and rows[2][1] != DECLINE
+    peft, losses = train_expert(model, tokenizer, rows, steps=12, rows_per_step=4, learning_rate=1e-2)
     assert losses[-1] < losses[0] - 0.1
     expert = OtherAdapter(peft, "expert", tokenizer.pad_token_id)
     row = DecodeRow(0, tokenizer.encode("Hello"), [])
