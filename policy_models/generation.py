@@ -260,6 +260,7 @@ def _generate_slow(
     owner_B = torch.tensor(list(batch), device=device)
     cache = DynamicCache(config=model.config)
     next_ids, position = ids_BP, keep_BP.cumsum(1) - keep_BP
+    last = torch.tensor([-1], device=device)  # an index, since of a slice (B, 1, D) torch copies the head once a row
     while True:
         logits_BV = model(
             input_ids=next_ids,
@@ -267,7 +268,7 @@ def _generate_slow(
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         ).logits[:, -1]
         token_B, ended_B = answers.draw(logits_BV, owner_B)
         owner_B = owner_B.masked_fill(ended_B, answers.bin)

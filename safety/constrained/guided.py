@@ -79,7 +79,8 @@ class OtherAdapter:
             position_ids=position,
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=1,
+            # An index, not 1: of the slice (B, 1, D) that 1 leaves, torch copies the head's weights once a row.
+            logits_to_keep=torch.tensor([-1], device=ids.device),
         )
         return out.logits[:, -1]
 

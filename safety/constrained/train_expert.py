@@ -28,7 +28,7 @@ from torch import Tensor
 from policy_models.chat import encode_prompts, sample_answers
 
 STARTER = Path(__file__).parents[2] / "data" / "starter"
-DECLINE = "I can't help with that."
+DECLINE = "I cannot help with that."  # the first two tokens say it; after "I can" the base goes on to help
 ANSWER_TOKENS = 24  # of an answer that the expert learns: more than SafeDecoding ever asks for
 
 Row = tuple[str, str]  # prompt and answer
@@ -129,9 +129,8 @@ def _loss(model: Any, rows: Sequence[tuple[list[int], int]], pad_id: int) -> Ten
     device = model.device
     counts = target_BS[:, 1:] != -100
     first = int(counts.any(0).nonzero()[0])  # the head is only asked where an answer stands
-    logits = model(input_ids=ids_BS.to(device), attention_mask=keep_BS.to(device), logits_to_keep=width - first).logits[
-        :, :-1
-    ]
+    asked = torch.arange(first, width - 1, device=device)
+    logits = model(input_ids=ids_BS.to(device), attention_mask=keep_BS.to(device), logits_to_keep=asked).logits
     return torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), target_BS[:, 1 + first :].to(device).flatten(), ignore_index=-100
     )
