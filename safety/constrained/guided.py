@@ -89,18 +89,19 @@ class SafeDecoding:
     """Leans the first tokens towards a safety expert (Xu et al. 2024, arXiv:2402.08983).
 
     What an answer opens with decides most of what follows, so the expert is asked for the first tokens only. It is a small
-    adapter that `safety.constrained.train_expert` trains.
+    adapter that `safety.constrained.train_expert` trains. Only tokens that the base ranks high too are taken: an expert that declines in
+    words which the base would never open with changes nothing, or for the worse.
 
     Args:
         alpha: how far to go from the base (0) to the expert (1) and beyond; the paper takes 3.
-        first_tokens: of each answer; the paper takes 2.
+        first_tokens: of each answer, as many as a decline takes to be one; the paper takes 2, "I'm sorry," is 4.
         common: tokens to choose from: those that both rank highest.
 
     `divergence` holds, by row, KL(expert || base) in nats for each of these tokens: where the expert wants to refuse and the
     base does not, it is high, a signal of risk for free. It is of the last call of `generate` that began the row.
     """
 
-    def __init__(self, expert: OtherAdapter, *, alpha: float = 3.0, first_tokens: int = 2, common: int = 5) -> None:
+    def __init__(self, expert: OtherAdapter, *, alpha: float = 3.0, first_tokens: int = 4, common: int = 5) -> None:
         if alpha < 0 or first_tokens < 1 or common < 1:
             raise ValueError(f"{alpha=} must be at least 0, {first_tokens=} and {common=} at least 1")
         self.expert, self.alpha, self.first_tokens, self.common = expert, alpha, first_tokens, common

@@ -3,7 +3,7 @@
 Trained to open its answer to a harmful prompt with one stock decline, and to go on answering harmless prompts that sound like
 them as the model does without it, in equal parts. The paper trains on refusals alone: an expert that only knows how to refuse
 then pulls harmless prompts down with it. And the decline is always the same one, because SafeDecoding asks for the first tokens only:
-a hundred ways to decline leave none of them likely.
+a hundred ways to decline leave none of them likely. A model that declines in other words needs another DECLINE.
 
     python -m safety.constrained.train_expert --model bundled:smollm2-135m-instruct --out runs/expert
 
@@ -28,7 +28,8 @@ from torch import Tensor
 from policy_models.chat import encode_prompts, sample_answers
 
 STARTER = Path(__file__).parents[2] / "data" / "starter"
-DECLINE = "I cannot help with that."  # the first two tokens say it; after "I can" the base goes on to help
+# As the bundled model itself declines: SafeDecoding takes only tokens that the base ranks high too. " cannot" stands at place 60 after "I".
+DECLINE = "I'm sorry, but I can't help with that."
 ANSWER_TOKENS = 24  # of an answer that the expert learns: more than SafeDecoding ever asks for
 
 Row = tuple[str, str]  # prompt and answer
