@@ -41,7 +41,7 @@ def main() -> None:
     if not (out / "eval.jsonl").exists():
         split_prompts(args.data, out, args.prompts)
     grader = out / "grader"
-    if not (grader / "report.json").exists():
+    if args.grader is None and not (grader / "report.json").exists():
         flags = ["--config", args.grader_config, "--model", args.model, "--train_file", out / "grader.jsonl"]
         launch("reward_model", *flags, "--max_steps", args.grader_steps, "--output_dir", grader)
     for seed in args.seeds:
@@ -50,7 +50,7 @@ def main() -> None:
             flags = ["--config", args.config, "--model", args.model, "--seed", seed, "--output_dir", run]
             flags += ["--prompts_file", out / "train.jsonl", "--eval_prompts_file", out / "eval.jsonl"]
             launch("ppo", *flags, "--resume", "true")
-    judge = LearnedPreference(str(grader / "model"), dtype=pick_dtype("auto"))
+    judge = LearnedPreference(str(args.grader or grader / "model"), dtype=pick_dtype("auto"))
     results = [of_run(out / f"seed{seed}", seed, judge) for seed in args.seeds]
     (out / "summary.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     draw(out, args.seeds)
@@ -64,6 +64,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--config", default="configs/ppo/real_prompts.yaml")
+    parser.add_argument("--grader", help="a reward model that is there already, in place of one trained here")
     parser.add_argument("--grader-config", default="configs/reward_model/demo.yaml")
     parser.add_argument("--grader-steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=1000, help="to train on; a tenth as many to evaluate on")
