@@ -10,7 +10,7 @@ from apps.label_answers import Answer, RefusedError, Span, check_answer
 from apps.label_database import PostgresDatabase, SQLiteDatabase, open_database
 from apps.label_items import LabelSettings, NewItem, NewResponse, first_broken_event
 from apps.label_queue import needs_review
-from apps.label_store import LabelStore
+from apps.label_store import QUEUE_COUNTS_AGE, LabelStore
 from tests.apps.conftest import FAST_HASHER, PASSWORD, pair
 
 LEFT = Answer(outcome="prefer", winner=0, strength=3)
@@ -492,6 +492,29 @@ def test_processes_at_once_reach_the_target_exactly(plain, database, make_accoun
     assert [(row["n"], row["who"]) for row in done] == [(2, 2)] * 40
     assert rows(plain, "SELECT count(*) AS n FROM judgement")[0]["n"] == 80
     assert plain.broken_event() is None
+
+
+def test_statements_sent_together_answer_in_order_and_one_that_fails_undoes_all(plain):
+    put = "INSERT INTO setting (key, value) VALUES (?, ?)"
+    read = "SELECT value FROM setting WHERE key = ?"
+    with plain.database.write() as run:
+        assert run.together((put, ("a", "1")), (read, ("a",)), (put, ("b", "2")), (read, ("b",))) == [
+            [], [{"value": "1"}], [], [{"value": "2"}],
+        ]  # fmt: skip
+    with pytest.raises(Exception, match="(?i)unique"), plain.database.write() as run:
+        run.together((put, ("c", "3")), (put, ("a", "again")), (read, ("a",)))
+    assert not rows(plain, read, ("c",)) and rows(plain, read, ("a",)) == [{"value": "1"}]
+    plain.change_settings(None, {"target_labels": 3})  # the connection still works
+
+
+def test_counts_of_the_queue_are_read_anew_after_a_while(plain, make_account, clock):
+    ann = make_account("ann")
+    assert plain.progress(ann.id) == {"done": 0, "hour": 0, "items": 0, "complete": 0}
+    plain.add_items([pair(1), pair(2)])
+    say(plain, ann, LEFT)
+    assert plain.progress(ann.id)["done"] == 1  # one's own at once
+    clock.now += QUEUE_COUNTS_AGE
+    assert plain.progress(ann.id)["items"] == 2
 
 
 def test_files_that_are_no_label_database_are_refused(tmp_path):
