@@ -176,7 +176,7 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
     @app.get("/api/me", tags=["session"])
     def me(account: Annotator) -> dict[str, Any]:
         """Who is signed in, and the words that the pages offer."""
-        choices = {"criteria": CRITERIA, "strengths": STRENGTHS, "span_labels": SPAN_LABELS}
+        choices: dict[str, Any] = {"criteria": CRITERIA, "strengths": STRENGTHS, "span_labels": SPAN_LABELS}
         choices |= {"skip": SKIP_REASONS, "flag": FLAG_REASONS, "policies": len(context.arena.policies)}
         return {"name": account.name, "role": account.role, "choices": choices}
 

@@ -111,7 +111,8 @@ def _pick(names: Sequence[str], tallies: dict[str, list[int]], rng: np.random.Ge
     """Thompson sampling: the disguise whose drawn success rate is highest, from Beta(1 + successes, 1 + failures)."""
     if not names:
         return None
-    drawn = [rng.beta(1 + tallies.get(n, [0, 0])[1], 1 + np.subtract(*tallies.get(n, [0, 0]))) for n in names]
+    tried_won = [tallies.get(name, [0, 0]) for name in names]
+    drawn = [rng.beta(1 + won, 1 + tried - won) for tried, won in tried_won]
     return names[int(np.argmax(drawn))]
 
 

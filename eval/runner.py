@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -86,7 +87,7 @@ def run_suites(
     With several processes the grades are complete once all of them have finished and the store was read again: call
     `grade_all` after that.
     """
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     failed: dict[str, Reply] = {}
     for target in targets:
         asked = [task for task in tasks if target.gives_logp or not task.asks_choices]
@@ -123,7 +124,7 @@ def grade_all(
     seed: int = 0,
 ) -> list[Graded]:
     """Grades what is in the store; what is not there is unscored."""
-    options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     graded = []
     for target in targets:
         for task in tasks:

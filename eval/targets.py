@@ -201,7 +201,12 @@ class GuardedTarget:
         talks = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         asked: dict[int, Messages] = {}
         for at, messages in enumerate(talks):
-            self.guard.model = lambda passed, at=at: asked.__setitem__(at, [dict(m) for m in passed]) or ""
+
+            def note(passed: Messages, at: int = at) -> str:
+                asked[at] = [dict(message) for message in passed]
+                return ""
+
+            self.guard.model = note
             self._chat(messages)
         said = {at: self.known[key] for at, passed in asked.items() if (key := digest(passed)) in self.known}
         new = {at: passed for at, passed in asked.items() if at not in said}

@@ -13,6 +13,8 @@ Departs from Llama in transformers:
 B batch, S positions, D width, H query heads, G key/value heads, C width of a head, T flat tokens, K experts a token.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -275,7 +277,7 @@ class MoEPolicyModel(MoEPolicyPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = count_positions(attention_mask, inputs_embeds, past_length)
 
-        causal_mask: Tensor | Sight | None
+        causal_mask: Any  # a Tensor or what else the attention back end takes; a Sight; or None
         if self.config.attention_pattern == "full":
             causal_mask = create_causal_mask(
                 config=self.config,

@@ -88,8 +88,8 @@ class HubClassifier:
         of_row = windows.pop("overflow_to_sample_mapping")
         for start in range(0, len(of_row), self.batch_size):
             stop = start + self.batch_size
-            batch = {key: value[start:stop] for key, value in windows.items()}
-            batch = self.tokenizer.pad(batch, return_tensors="pt").to(self.model.device)
+            rest = {key: value[start:stop] for key, value in windows.items()}
+            batch = self.tokenizer.pad(rest, return_tensors="pt").to(self.model.device)
             for at, p in zip(of_row[start:stop], self._probability(self.model(**batch).logits), strict=True):
                 scores[rows[at]] = max(scores[rows[at]], p)
         return scores

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]
 
@@ -60,7 +60,7 @@ def fit_logistic(
 
 
 def tune_weights(
-    differences: Mapping[str, Sequence[float]], signs: Mapping[str, int], *, l2: float = 0.01
+    differences: Mapping[str, ArrayLike], signs: Mapping[str, int], *, l2: float = 0.01
 ) -> dict[str, float]:
     """Weights by component name from (N,) scaled differences by name; as large as makes their mean size 1.
 

@@ -100,7 +100,7 @@ class Guard:
         self, prompt: str | Sequence[Message], *, conversation: Conversation | None = None
     ) -> GuardedAnswer:
         """As `chat`; scanners run in a worker thread, and the model may be a coroutine function."""
-        messages, verdicts, conversation, ms = await asyncio.to_thread(self._input, prompt, conversation)
+        messages, verdicts, talk, ms = await asyncio.to_thread(self._input, prompt, conversation)
         if blocked := _worst(verdicts):
             return _refused(blocked, verdicts, ms)
         started = time.perf_counter()
@@ -108,7 +108,7 @@ class Guard:
         result = model(messages) if _is_async(model) else await asyncio.to_thread(lambda: _joined(model(messages)))
         said = "".join([piece async for piece in _pieces(result)])
         ms["model"] = (time.perf_counter() - started) * 1000
-        return await asyncio.to_thread(self._output, said, messages, verdicts, conversation, ms)
+        return await asyncio.to_thread(self._output, said, messages, verdicts, talk, ms)
 
     # ---------------------------------------------------------------------------------------------------------- stream
 
@@ -138,11 +138,11 @@ class Guard:
         if self.facts:
             yield (await self.achat(prompt, conversation=conversation)).text
             return
-        messages, verdicts, conversation, _ = await asyncio.to_thread(self._input, prompt, conversation)
+        messages, verdicts, talk, _ = await asyncio.to_thread(self._input, prompt, conversation)
         if blocked := _worst(verdicts):
             yield blocked.text
             return
-        check = self._stream_check(messages, conversation)
+        check = self._stream_check(messages, talk)
         async for piece in _pieces(self._model()(messages)):
             if safe := await asyncio.to_thread(check.feed, piece):
                 yield safe

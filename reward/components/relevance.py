@@ -1,7 +1,7 @@
 """How much an answer is about its own prompt rather than about prompts in general.
 
     s(text) = cos(prompt, text) - mean over a fixed bank of prompts q of cos(q, text)
-    relevance = min((1 - c) * s(answer) + c * s(answer without what it copied from the prompt), s(own) + ALLOWANCE)
+    relevance = min((1 - c) * s(answer) + c * s(answer without what it copied from the prompt), s(own) + allowance)
 
 with MiniLM embeddings, s = 0 for a text without words, and c the share of the prompt that the answer says again word for
 word. The mean takes away what a stock phrase gets from every prompt. The second line counts only what an echo adds: the
@@ -11,7 +11,8 @@ person reads them, with look-alike letters and invisible characters undone.
 
 An embedding hardly minds the order of words, so the prompt's words shuffled or listed are as near to it as the prompt.
 `own` is therefore the answer without any word of its prompt: what it says must be about the prompt in other words too. The
-allowance is wide, since a short answer has few of those.
+allowance is wide, since a short answer has few of those; it shrinks to its half for an answer without
+any of its own, which may be an extract that was asked for, or a list of keywords.
 
 The bank is fixed and is not topped up from the batch: the score of an answer must not depend on its batch mates, or
 scaling, resumed runs and micro-batches would each see another reward.
@@ -43,6 +44,7 @@ from safety.verifier.refusal import load_refusal_head
 
 TYPICAL = 0.55  # median of the ordinary answers in data/starter/sft.jsonl
 ALLOWANCE = 0.25  # half of what good answers score: few of those have so little to say of their own
+FEW = 5  # words: an answer as short as that ("the Pacific") may all be taken from its prompt
 COPY_NGRAM = 5  # words; shorter runs are shared by every honest answer ("the capital of France is ...")
 
 
@@ -84,7 +86,7 @@ class Relevance:
         for row, answer in enumerate(answers):
             c, p = copied[row][0], right_decline[row]
             beyond = rest[row] if copied[row][1] else self.BLANK  # what it says that the prompt did not
-            score = min((1 - c) * whole[row] + c * beyond, own[row] + ALLOWANCE, TYPICAL)
+            score = min((1 - c) * whole[row] + c * beyond, own[row] + allowance(prompts[row], answer), TYPICAL)
             scores.append((1 - p) * score + p * TYPICAL if answer.strip() else self.BLANK)
         return scores
 
@@ -123,6 +125,12 @@ def own_words(prompt: str, answer: str) -> str:
     """The words of the answer that its prompt does not have, in order."""
     asked = set(_words(prompt))
     return " ".join(word for word in _words(answer) if word not in asked)
+
+
+def allowance(prompt: str, answer: str) -> float:
+    """How much nearer to the prompt than its own words an answer may be, in [ALLOWANCE / 2, ALLOWANCE]."""
+    said, own = len(_words(answer)), len(own_words(prompt, answer).split())
+    return ALLOWANCE * (min(1.0, 0.5 + own / said) if said > FEW else 1.0)
 
 
 def _words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ def _llguidance(
     if tokenizer is None:
         tokens = llguidance.LLTokenizer("byte")
     else:
-        tokens = llguidance.hf.from_tokenizer(tokenizer, n_vocab=vocab_size, eos_token=sorted(set(stop_ids)))
+        tokens = llguidance.hf.from_tokenizer(cast(Any, tokenizer), n_vocab=vocab_size, eos_token=sorted(set(stop_ids)))
     if problem := llguidance.LLMatcher.validate_grammar(compiled, tokens):
         raise ValueError(f"llguidance cannot hold this {grammar.kind} grammar: {problem}")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[bytes]:
     Knows byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece pieces (U+2581 for a space, <0x0A> for a byte).
     """
     size = len(tokenizer)
-    pieces: list[Any] = tokenizer.convert_ids_to_tokens(list(range(size)))
+    pieces = list(tokenizer.convert_ids_to_tokens(list(range(size))))
     special = set(tokenizer.all_special_ids)
     added = {id_: str(token) for id_, token in tokenizer.added_tokens_decoder.items()}
     byte_of = _byte_level_alphabet()

@@ -57,13 +57,16 @@ def test_nothing_is_paid_above_a_typical_answer():
 def test_words_of_the_prompt_in_another_order_earn_the_allowance_at_most():
     vectors = {"p q": (1.0, 0.0), "q p": (1.0, 0.0), "q p r": (1.0, 0.0), "r": (0.6, 0.8), "bank": (0.0, 1.0)}
     component = Relevance(
-        embed=lambda texts: np.array([vectors[t] for t in texts], dtype=np.float32),
+        embed=lambda texts: np.array([vectors.get(t, (1.0, 0.0)) for t in texts], dtype=np.float32),
         declined=lambda ps, xs: [0.0] * len(ps),
         bank=("bank",),
     )
     assert own_words("Basil, on a sill?", "A sill keeps BASIL warm.") == "keeps warm"
     assert component(["p q"], ["q p"]) == [ALLOWANCE]  # nothing of its own: 0 + ALLOWANCE
     assert component(["p q"], ["q p r"]) == pytest.approx([0.6 - 0.8 + ALLOWANCE], abs=1e-6)
+    listed, asked = "f e d c b a", "a b c d e f"
+    assert component([asked], [listed]) == [ALLOWANCE / 2]  # six words, none its own
+    assert component([asked], [listed[:9]]) == [ALLOWANCE]  # five may be what was asked for
 
 
 def test_relevance_needs_a_bank_of_different_prompts():
