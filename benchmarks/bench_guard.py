@@ -27,7 +27,6 @@ if not __package__:  # launched by path, not imported: look from the repository 
 import numpy as np
 
 from benchmarks.records import append, commit, device_name
-from safety.embedding import load_embedder
 from safety.findings import ScanItem, Stage
 from safety.normalise import views
 from safety.pipeline import Guard, StreamCheck
@@ -54,12 +53,12 @@ def main() -> None:
     args = parse_args()
     rng = random.Random(args.seed)
     rules, layer1 = Scanning("rules_only"), Scanning(replace(load_policy("default"), stop_early=False))
-    embedder = load_embedder()
+    runs = timed(rules, layer1) | (gorget_scanners() if args.gorget else {})
     rows: list[list[object]] = []
     result: dict[str, float] = {}
     for tokens in LENGTHS:
         make = lambda tokens=tokens: text_of(rng, tokens)  # noqa: E731
-        for name, run in timed(rules, layer1, embedder, args.gorget).items():
+        for name, run in runs.items():
             repeats = max(20, args.repeats // (4 if tokens == 1000 else 1))
             p50, p95, p99 = percentiles(run, make, repeats)
             rows.append([tokens, name, round(p50, 3), round(p95, 3), round(p99, 3)])
@@ -101,14 +100,14 @@ def text_of(rng: random.Random, tokens: int) -> str:
     return " ".join(words)
 
 
-def timed(rules: Scanning, layer1: Scanning, embedder: object, gorget: bool) -> dict[str, Callable[[str], object]]:
+def timed(rules: Scanning, layer1: Scanning) -> dict[str, Callable[[str], object]]:
     """What is timed, by name."""
     runs: dict[str, Callable[[str], object]] = {"rules": rules.check, "layer1": layer1.check, "normaliser": views}
     for entry, scanner in layer1.scanners:
         runs[f"scanner {entry.name}"] = lambda text, scanner=scanner: scanner.scan(
             [ScanItem(text=text, stage=Stage.INPUT)]
         )  # type: ignore[misc]
-    return runs | (gorget_scanners() if gorget else {})
+    return runs
 
 
 def gorget_scanners() -> dict[str, Callable[[str], object]]:
