@@ -39,7 +39,8 @@ FOLDS = 5
 SIGNS = {"toxicity": -1}  # every other part is one of which more is better
 EMBEDDING_L2 = 0.03
 COMPOSITE_L2 = 0.01
-WEIGHT_PAIRS = 500  # of a train file, for the composite: it has four weights
+# Of the pairs to fit on, for the composite: it has four weights, and its language model takes most of the time.
+WEIGHT_PAIRS, WEIGHT_CHARS = 500, 2000
 RESAMPLES = 2000
 
 
@@ -258,7 +259,7 @@ def part_differences(
 
 def composite_margins(composite: CompositeReward, data: Split, weights: dict[str, float] | None) -> np.ndarray:
     """(N,) margins under the given weights, or under weights fitted on other prompts."""
-    fit = sample_by_prompt(data.fit, WEIGHT_PAIRS)
+    fit = sample_by_prompt([pair for pair in data.fit if chars(pair) <= WEIGHT_CHARS], WEIGHT_PAIRS)
     fitted_on = part_differences(composite, fit, [prompt_text(p) for p in fit]) if fit and weights is None else {}
     parts = part_differences(composite, data.pairs, data.prompts)
     if weights is None:
