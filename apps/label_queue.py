@@ -120,12 +120,12 @@ def lease(
             "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
             " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
             " ON CONFLICT (item_id, account_id, round) DO UPDATE SET state = 'leased', lease_until = excluded.lease_until,"
-            " served_at = excluded.served_at RETURNING id",
+            " served_at = excluded.served_at RETURNING id, order_json",
             (item_id, account_id, round_, now + settings.lease_seconds, json.dumps(order), reason, version, now),
         ),
         SELECT_LAST_EVENT,
     )
-    what = {"item": item_id, "why": reason, "order": order}
+    what = {"item": item_id, "why": reason, "order": json.loads(row["order_json"])}  # a revived lease keeps its order
     event = insert_event(last, now, account_id, "serve", f"assignment/{row['id']}", what)
     _, rows = run.together(event, select_task(account_id, item_id, round_))
     return task_of(rows[0], answers)
@@ -179,7 +179,7 @@ def select_assignment(assignment_id: int) -> Statement:
     )
 
 
-def own(rows: list[Row], account_id: int, assignment_id: int) -> Row:
+def check_own(rows: list[Row], account_id: int, assignment_id: int) -> Row:
     """The row of `select_assignment`; RefusedError where there is none or where it is another annotator's."""
     if not rows:
         raise RefusedError(404, f"no assignment {assignment_id}")
@@ -205,7 +205,7 @@ def record(run: Execute, now: float, account_id: int, assignment_id: int, reques
         ),
         SELECT_LAST_EVENT,
     )
-    assignment = own(found, account_id, assignment_id)
+    assignment = check_own(found, account_id, assignment_id)
     if earlier := [row for row in said if row["request_id"] == request_id]:
         if earlier[0]["assignment_id"] != assignment_id:
             raise RefusedError(409, "this request_id was used for another answer")

@@ -366,7 +366,7 @@ class LabelStore:
             return first_broken_event(run("SELECT * FROM event ORDER BY seq"))
 
     def _own(self, run: Execute, account_id: int, assignment_id: int) -> Row:
-        return queue.own(run(*queue.select_assignment(_key(assignment_id))), account_id, assignment_id)
+        return queue.check_own(run(*queue.select_assignment(_key(assignment_id))), account_id, assignment_id)
 
 
 def _key(number: int) -> int:
