@@ -28,6 +28,7 @@ from align.preference_formats import read_pairs
 from align.preferences import PreferencePair, last_user_text
 from eval.drawing import LIGHT, legend_above, new_figure
 from eval.intervals import paired_bootstrap
+from policy_models.loading import resolve_model_source
 from reward.learned import LearnedPreference
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,6 +39,8 @@ LONGEST = 400  # characters of a prompt; the settings leave out what has too man
 def main() -> None:
     args = parse_args()
     out: Path = args.out
+    if args.grader:
+        resolve_model_source(args.grader)  # asked for last: a wrong path should not wait for the runs
     if not (out / "eval.jsonl").exists():
         split_prompts(args.data, out, args.prompts)
     grader = out / "grader"
