@@ -33,7 +33,6 @@ REPETITION_FREE = 0.05  # share of repeated 3-grams that ordinary text has
 DEGENERATE_WEIGHT = 6.0
 WORDLIKE_FREE = 0.3
 MIXED_FREE = 0.05
-CHUNK = 256  # rows of fp32 logits held at a time
 
 
 class Fluency:
@@ -91,7 +90,7 @@ class Fluency:
     @torch.inference_mode()
     def _mean_logp(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """Mean log-probability of each row's tokens after the opened turn; 0 for an empty row."""
-        from policy_models.logprobs import token_budget_batches
+        from policy_models.logprobs import token_budget_batches, token_logprobs
 
         means = [0.0] * len(ids)
         device = next(self.model.parameters()).device
@@ -109,11 +108,8 @@ class Fluency:
                 keep_BT[at, start:end] = True
             predicts_BT = keep_BT.roll(-1, dims=1)  # the position before a token predicts it; position 0 keeps nothing
             logits_NV = self.model(input_ids=input_BT, logits_to_keep=predicts_BT, use_cache=False).logits
-            logp = [
-                z_NV.float().gather(-1, id_N[:, None])[:, 0] - z_NV.float().logsumexp(-1)
-                for z_NV, id_N in zip(logits_NV.split(CHUNK), input_BT[keep_BT].split(CHUNK), strict=True)
-            ]
-            sums_BT = torch.zeros_like(input_BT, dtype=torch.float32).masked_scatter(keep_BT, torch.cat(logp))
+            logp_N, _ = token_logprobs(logits_NV, input_BT[keep_BT])
+            sums_BT = torch.zeros_like(input_BT, dtype=torch.float32).masked_scatter(keep_BT, logp_N)
             for row, total in zip(rows, sums_BT.sum(dim=1).tolist(), strict=True):
                 means[row] = total / max(1, len(ids[row]))
         return means
