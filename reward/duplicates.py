@@ -22,7 +22,7 @@ CLUSTER_SIZE = 200  # rows that a cluster has on average
 EMBED_CHARS = 400  # of a text: what it is about stands at its start
 WORDS = 20_000  # the most frequent ones, which rows are compared by
 COMMON = 1e-3  # share of all words from which a word counts for less than half
-LIKE = 0.8  # cosine of the vectors of two rows from which they are looked at more closely
+LIKE = 0.85  # cosine of the vectors of two rows from which they are looked at more closely
 
 Found = tuple[int, int, str, str]
 
@@ -138,15 +138,24 @@ def paraphrases(
     embed: Callable[[Sequence[str]], NDArray[Any]],
 ) -> Iterator[Found]:
     """Those pairs (places in `among`) whose prompts and whose answers are both near: one question with two answers is not
-    a repetition, nor is one answer ("Yes.") to two questions.
+    a repetition, nor is one answer ("Yes.") to two questions. Answers, the longer texts, are embedded only where prompts are near.
     """
-    found = [(among[row], among[other]) for row, other in pairs]
-    needed = sorted({number for pair in found for number in pair})
+    alike = [(among[row], among[other]) for row, other in pairs]
+    prompts = _cosines([row.prompt for row in rows], alike, embed)
+    alike = [pair for pair in alike if prompts[pair] >= thresholds[0]]
+    answers = _cosines([row.answer for row in rows], alike, embed)
+    for pair in alike:
+        if answers[pair] >= thresholds[1]:
+            yield *pair, "paraphrase", f"cosines {prompts[pair]:.2f}, {answers[pair]:.2f}"
+
+
+def _cosines(
+    texts: Sequence[str], pairs: Sequence[tuple[int, int]], embed: Callable[[Sequence[str]], NDArray[Any]]
+) -> dict[tuple[int, int], float]:
+    """Of each pair of texts. A text is embedded once, and only where a pair has it."""
+    needed = sorted({number for pair in pairs for number in pair})
+    if not needed:
+        return {}
     at = {number: place for place, number in enumerate(needed)}
-    prompt_ND = embed([rows[number].prompt[:EMBED_CHARS] for number in needed]) if needed else np.zeros((0, 1))
-    answer_ND = embed([rows[number].answer[:EMBED_CHARS] for number in needed]) if needed else np.zeros((0, 1))
-    for row, other in found:
-        prompts = float(prompt_ND[at[row]] @ prompt_ND[at[other]])
-        answers = float(answer_ND[at[row]] @ answer_ND[at[other]])
-        if prompts >= thresholds[0] and answers >= thresholds[1]:
-            yield row, other, "paraphrase", f"cosines {prompts:.2f}, {answers:.2f}"
+    vector_ND = embed([texts[number][:EMBED_CHARS] for number in needed])
+    return {(row, other): float(vector_ND[at[row]] @ vector_ND[at[other]]) for row, other in pairs}
