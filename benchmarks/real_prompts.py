@@ -5,6 +5,7 @@
 DIR holds `rmb` and `hh_rlhf_harmless` with their files as published. Prompts are split by a hash of their text into three
 parts that share none: prompts to train on, prompts to evaluate on, and pairs for the grader, a reward model that the
 policy never sees. Half of the prompts to train on, and half of those to evaluate on, are from sets about harmlessness.
+The fifth part of the reward is a reward model trained on pairs of the prompts to train on; --preference-weight 0 leaves it out.
 
 Leaves one PPO run a seed, `summary.json` and `curves.png`, and prints the table of docs/results.md. A stage that is
 finished is not run again; a PPO run that was stopped goes on from its last checkpoint.
@@ -43,15 +44,19 @@ def main() -> None:
         resolve_model_source(args.grader)  # asked for last: a wrong path should not wait for the runs
     if not (out / "eval.jsonl").exists():
         split_prompts(args.data, out, args.prompts)
-    grader = out / "grader"
-    if args.grader is None and not (grader / "report.json").exists():
-        flags = ["--config", args.grader_config, "--model", args.model, "--train_file", out / "grader.jsonl"]
-        launch("reward_model", *flags, "--max_steps", args.grader_steps, "--output_dir", grader)
+    grader, learned = out / "grader", out / "reward_model"
+    wanted = ([] if args.grader else [grader]) + ([learned] if args.preference_weight else [])
+    for folder in wanted:
+        if not (folder / "report.json").exists():
+            flags = ["--config", args.reward_config, "--model", args.model, "--train_file", f"{folder}.jsonl"]
+            launch("reward_model", *flags, "--max_steps", args.reward_steps, "--output_dir", folder)
     for seed in args.seeds:
         run = out / f"seed{seed}"
         if not (run / "model").exists():
             flags = ["--config", args.config, "--model", args.model, "--seed", seed, "--output_dir", run]
             flags += ["--prompts_file", out / "train.jsonl", "--eval_prompts_file", out / "eval.jsonl"]
+            if args.preference_weight:
+                flags += ["--reward_model", learned / "model", "--preference_weight", args.preference_weight]
             launch("ppo", *flags, "--resume", "true")
     judge = LearnedPreference(str(args.grader or grader / "model"), dtype=pick_dtype("auto"))
     results = [of_run(out / f"seed{seed}", seed, judge) for seed in args.seeds]
@@ -68,10 +73,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--config", default="configs/ppo/real_prompts.yaml")
     parser.add_argument("--grader", help="a reward model that is there already, in place of one trained here")
-    parser.add_argument("--grader-config", default="configs/reward_model/demo.yaml")
-    parser.add_argument("--grader-steps", type=int, default=40)
+    parser.add_argument("--reward-config", default="configs/reward_model/demo.yaml", help="of both reward models")
+    parser.add_argument("--reward-steps", type=int, default=120, help="of both reward models")
+    parser.add_argument("--preference-weight", type=float, default=2.0, help="the other four parts have a weight of 1")
     parser.add_argument("--prompts", type=int, default=1000, help="to train on; a tenth as many to evaluate on")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if missing := [name for name in SETS if not (args.data / name).is_dir()]:
+        parser.error(f"--data {args.data} has no {' and no '.join(missing)}: it must hold the sets as folders")
+    return args
 
 
 def launch(stage: str, *flags: object) -> None:
@@ -79,18 +88,21 @@ def launch(stage: str, *flags: object) -> None:
 
 
 def split_prompts(data: Path, out: Path, count: int) -> None:
-    """Writes train.jsonl, eval.jsonl and grader.jsonl. A prompt is in one of them: its hash says which."""
+    """Writes prompts (train.jsonl, eval.jsonl) and pairs (grader.jsonl; reward_model.jsonl, of the prompts to train on).
+
+    Which part a prompt is in, its hash says.
+    """
     kinds: dict[str, dict[str, PreferencePair]] = {"harmless": {}, "helpful": {}}
-    grader = []
+    pairs_of: dict[str, list[PreferencePair]] = {"grader": [], "reward_model": []}
     for name in SETS:
         for pair in read_pairs(data / name)[0]:
             text = last_user_text(pair.prompt)
             if len(pair.prompt) > 1 or len(text) > LONGEST:
                 continue
             share = place(text)
-            if 0.15 <= share < 0.5:
-                grader.append(pair)
-            else:
+            if share >= 0.15:
+                pairs_of["grader" if share < 0.5 else "reward_model"].append(pair)
+            if not 0.15 <= share < 0.5:
                 harmless = name == "hh_rlhf_harmless" or "Harmless" in pair.tags.get("category", "")
                 kinds["harmless" if harmless else "helpful"].setdefault(text, pair)
     out.mkdir(parents=True, exist_ok=True)
@@ -100,8 +112,9 @@ def split_prompts(data: Path, out: Path, count: int) -> None:
             chosen = sorted((t for t in texts if low <= place(t) < high), key=place)[: wanted // 2]
             rows += [{"prompt": text, "kind": kind} for text in chosen]
         write(out / f"{file}.jsonl", sorted(rows, key=lambda row: place(row["prompt"], "order")))
-    pairs = sorted(grader, key=lambda pair: place(last_user_text(pair.prompt) + pair.chosen[-1]["content"], "order"))
-    write(out / "grader.jsonl", [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs])
+    for name, pairs in pairs_of.items():
+        pairs.sort(key=lambda pair: place(last_user_text(pair.prompt) + pair.chosen[-1]["content"], "order"))
+        write(out / f"{name}.jsonl", [{"prompt": p.prompt, "chosen": p.chosen, "rejected": p.rejected} for p in pairs])
 
 
 def place(text: str, salt: str = "split") -> float:
