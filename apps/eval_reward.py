@@ -145,14 +145,17 @@ def run(settings: EvalRewardSettings) -> dict[str, Any]:
         "length": np.array([len(answer_text(p.chosen)) - len(answer_text(p.rejected)) for p in data.pairs], dtype=float)
     }
     if settings.embedding:
+        tell(data, "embedding + linear")
         margins["embedding + linear"] = embedding_baseline(data)
     if settings.composite:
+        tell(data, "composite")
         composite = default_composite(alpha=1.0 if settings.fluency else 0.0)
         weights = None if settings.weights is None else json.loads(Path(settings.weights).read_text())["weights"]
         margins["composite"] = composite_margins(composite, data, weights)
     for name, source in settings.models.items():
         from align.reward_model import score_pairs
 
+        tell(data, name)
         chosen, rejected = score_pairs(LearnedPreference(source, dtype=pick_dtype(settings.dtype)), data.pairs)
         margins[name] = chosen - rejected
     report: dict[str, Any] = {
@@ -175,6 +178,11 @@ def run(settings: EvalRewardSettings) -> dict[str, Any]:
     for name, one in report["differences"].items():
         print(f"{name}: {100 * one['mean']:+.1f} [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}] points")
     return report
+
+
+def tell(data: Split, scorer: str) -> None:
+    """What is under way: on a thousand pairs a scorer may take a quarter of an hour."""
+    print(f"scoring {len(data.pairs)} pairs: {scorer}", flush=True)
 
 
 def first_of_prompt(pairs: list[PreferencePair], count: int | None) -> list[PreferencePair]:
@@ -249,9 +257,10 @@ def part_differences(
     """
     answers = [answer_text(p.chosen) for p in pairs] + [answer_text(p.rejected) for p in pairs]
     twice = [*prompts, *prompts]
+    raw = composite.raw(twice, answers)
     if composite.scaling is None:
-        composite.fit(twice, answers)
-    scaled = composite(twice, answers).parts.scaled
+        composite.fit_raw(raw)
+    scaled = composite.combine(raw).parts.scaled
     n = len(pairs)
     values = {name: np.array([0.0 if s is None else s for s in scores]) for name, scores in scaled.items()}
     return {name: x[:n] - x[n:] for name, x in values.items()}
