@@ -21,6 +21,7 @@ import unicodedata
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from safety.words import common_words, vocabulary, word_ends
 
@@ -286,18 +287,25 @@ def _readable(text: str) -> bool:
 def _ciphers(view: View) -> Iterator[View]:
     """The stretch of words that rot13, or reading backwards, turns into known words most clearly, if four or more."""
     common = common_words()
-    words = list(_LETTERS.finditer(view.text))
-    low = [word.group().lower() for word in words]
-    odd = [word for word in low if word not in common]
+    words = " ".join(_LETTERS.findall(view.text)).lower().split()
+    odd = [word for word in words if word not in common]
     if not common or len(words) < 4 or len(odd) < 0.02 * len(words):
         return
     for name, change in (("rot13", _rot13), ("reversed", _reversed)):
-        if sum(change(word) in common for word in odd) < 4:  # no run can gain more
+        disguised = _disguised(change)
+        if sum(word in disguised for word in odd) < 4:  # no run can gain more
             continue
-        first, last, best = _best_run([(change(word) in common) - (word in common) for word in low])
+        first, last, best = _best_run([(word in disguised) - (word in common) for word in words])
         if best >= 4:
-            start, end = words[first].start(), words[last].end()
+            spans = [word.span() for word in _LETTERS.finditer(view.text)]
+            start, end = spans[first][0], spans[last][1]
             yield _segment(view, name, start, end, change(view.text[start:end]))
+
+
+@lru_cache(maxsize=2)
+def _disguised(change: Callable[[str], str]) -> frozenset[str]:
+    """The common words as they look in a cipher; both ciphers undo themselves."""
+    return frozenset(map(change, common_words()))
 
 
 _ROT13 = {ord(a): codecs.encode(a, "rot13") for a in string.ascii_letters}

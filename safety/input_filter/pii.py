@@ -10,6 +10,7 @@ import ipaddress
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 from safety.taxonomy import meaning
@@ -252,6 +253,7 @@ def phone(text: str, regions: Sequence[str]) -> Iterator[Hit]:
             yield Hit(start, end, Category.PHONE, score)
 
 
+@lru_cache(maxsize=256)  # the readings of a text hold the same numbers
 def _valid(number: str, region: str | None) -> bool:
     import phonenumbers
 
