@@ -49,7 +49,8 @@ def main() -> None:
     for folder in wanted:
         if not (folder / "report.json").exists():
             flags = ["--config", args.reward_config, "--model", args.model, "--train_file", f"{folder}.jsonl"]
-            launch("reward_model", *flags, "--max_steps", args.reward_steps, "--output_dir", folder)
+            flags += ["--max_steps", args.reward_steps, "--report_pairs", 100, "--output_dir", folder]
+            launch("reward_model", *flags)
     for seed in args.seeds:
         run = out / f"seed{seed}"
         if not (run / "model").exists():
