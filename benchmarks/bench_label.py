@@ -247,6 +247,13 @@ def main() -> int:
     parser.add_argument("--items", type=int, default=2500)
     parser.add_argument("--think", type=float, nargs=2, default=(0.3, 1.1), help="seconds, uniform between the two")
     args = parser.parse_args()
+    if args.db:
+        if not args.db.startswith("postgresql://"):
+            parser.error(f"--db {args.db}: must be a postgresql:// URL; SQLite is measured without --db")
+        try:
+            open_database(args.db).close()
+        except ValueError as error:
+            parser.error(f"--db {error}")
     with tempfile.TemporaryDirectory() as folder:
         db = args.db or str(Path(folder) / "labels.db")
         store, outcome = simulate(db, annotators=args.annotators, items=args.items, think=tuple(args.think))
