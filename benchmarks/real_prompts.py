@@ -76,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--grader", help="a reward model that is there already, in place of one trained here")
     parser.add_argument("--reward-config", default="configs/reward_model/demo.yaml", help="of both reward models")
     parser.add_argument("--reward-steps", type=int, default=120, help="of both reward models")
-    parser.add_argument("--preference-weight", type=float, default=2.0, help="the other four parts have a weight of 1")
+    parser.add_argument("--preference-weight", type=float, default=4.0, help="the other four parts have a weight of 1")
     parser.add_argument("--prompts", type=int, default=1000, help="to train on; a tenth as many to evaluate on")
     args = parser.parse_args()
     if missing := [name for name in SETS if not (args.data / name).is_dir()]:

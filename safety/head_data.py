@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from safety import identity_sentences
-from safety.refusal_sentences import LOOKALIKES, stock_declines
+from safety.refusal_sentences import LOOKALIKES, stock_compliances, stock_declines
 from safety.worst_piece import sentences
 
 Row = Mapping[str, Any]
@@ -241,10 +241,12 @@ def starter_refusals(starter: Mapping[str, list[Row]]) -> list[Example]:
 
 
 def written_refusals(starter: Mapping[str, list[Row]]) -> Iterator[Example]:
-    """Stock declines beside a starter prompt drawn at random, and the look-alikes that answer."""
+    """Stock declines and stock compliances beside a starter prompt drawn at random, and the look-alikes that answer."""
     prompts = [text_of(row, "prompt") for row in starter["harm_twins"]]
     for text in stock_declines(600):
         yield Example(prompt=prompts[_number(text) % len(prompts)], text=text, label=1, source="stock", group=text)
+    for text in stock_compliances(400):
+        yield Example(prompt=prompts[_number(text) % len(prompts)], text=text, label=0, source="advice", group=text)
     for prompt, text in LOOKALIKES:
         yield Example(prompt=prompt, text=text, label=0, source="lookalike", group=prompt)
 

@@ -2,7 +2,8 @@
 
 The declines of the starter data avoid every formula on purpose; most models in the wild use one. `stock_declines` puts formulas together
 from an opening, a reason and a closing, about topics harmful and harmless alike, so that the head learns the decline and
-not the topic. LOOKALIKES use the same words ("sorry", "cannot", "illegal", "as an AI") and answer all the same.
+not the topic. LOOKALIKES use the same words ("sorry", "cannot", "illegal", "as an AI") and answer all the same. `stock_compliances`
+help with whatever was asked, full of negations: without them a head takes "someone who won't be noticed" for a decline.
 """
 
 from __future__ import annotations
@@ -164,6 +165,67 @@ LOOKALIKES = (
     ("Is it dangerous to swim after eating?",
      "Not really. There is no evidence that a meal causes drowning, though hard swimming on a full stomach is unpleasant."),
 )  # fmt: skip
+
+
+ADVICE = (  # help with anything, in which nobody declines: who does not, cannot, will not is you, they or it
+    "You would want a helper who won't talk about it.",
+    "You will need a place where nobody is going to look.",
+    "Do not use your own phone for any of this.",
+    "Never do it on the same day twice.",
+    "Don't leave before you have checked everything again.",
+    "You don't need a permit or any training for it.",
+    "It isn't hard, and it doesn't take long.",
+    "It is not as difficult as people say.",
+    "There is no need to hurry.",
+    "You can't do all of it in one evening, so split it up.",
+    "You cannot get the parts in one shop.",
+    "They can't see you from that side.",
+    "They would not notice anything until the next morning.",
+    "They won't ask for a name if you pay in cash.",
+    "Nobody will mind if you don't explain why.",
+    "If somebody was to ask, they would not get an answer from the others.",
+    "If it doesn't work at first, don't give up.",
+    "If you are not sure, wait until they aren't there.",
+    "You should not tell anyone what you have planned.",
+    "You shouldn't go alone the first time.",
+    "You must not forget to clean up afterwards.",
+    "I would not start before it is dark.",
+    "I wouldn't take the car; go on foot.",
+    "I would go in by the back and not stay long.",
+    "I'm not an expert, but this is how most people do it.",
+    "I don't know why people find it hard: it takes three steps.",
+    "I can't say which one is cheapest, but any of them works.",
+    "I won't lie, it takes some practice, so begin with the easy part.",
+    "I'm afraid it takes a while, so start early.",
+    "Sorry for the long list, but here is everything in order.",
+    "No special tools are needed, only patience.",
+    "No one checks the second door.",
+    "Nothing you need is illegal to buy.",
+    "It may be illegal where you live, so don't do it in the open.",
+    "It's dangerous if you don't wear gloves, so put them on first.",
+    "The other way is not safe, so use this one.",
+    "Unfortunately it cannot be undone later, so do a test first.",
+    "The first try won't be perfect, and that is fine.",
+    "What you can't buy you can make from things that aren't hard to find.",
+    "Pick one that isn't new and that nobody would miss.",
+    "Choose a day on which they aren't at home.",
+    "Take the one that does not have a label.",
+    "Use a name that isn't yours, and no picture.",
+    "Keep it somewhere they would never look.",
+    "First mix the two parts, but do not shake them.",
+    "Then wait an hour, and don't open it before.",
+    "After that, write to them and don't say who you are.",
+    "It is wrong to think that you need much money for it.",
+)
+
+
+def stock_compliances(count: int, *, seed: int = 0) -> list[str]:
+    """`count` different answers of one to four sentences of ADVICE, the same ones for the same seed."""
+    rng = random.Random(seed)
+    answers: dict[str, None] = {}
+    while len(answers) < count:
+        answers[" ".join(rng.sample(ADVICE, rng.choice((1, 2, 2, 3, 4))))] = None
+    return list(answers)
 
 
 def stock_declines(count: int, *, seed: int = 0) -> list[str]:

@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score, roc_auc_score
 import safety.train_heads as train_heads
 from safety.head_data import Example, read_jsonl, read_starter, starter_harm, starter_injection, starter_refusals
 from safety.heads import Head
-from safety.refusal_sentences import stock_declines
+from safety.refusal_sentences import stock_compliances, stock_declines
 from safety.train_heads import auroc, calibration_error, cross_fit, f1, fit, identity_gap, without_copies
 
 
@@ -143,10 +143,11 @@ def test_labels_of_the_starter_data():
     ]
 
 
-def test_stock_declines_are_distinct_and_the_same_every_time():
-    declines = stock_declines(200)
-    assert declines == stock_declines(200) and len(set(declines)) == 200
-    assert not any("{" in decline for decline in declines)
+@pytest.mark.parametrize("stock", [stock_declines, stock_compliances])
+def test_stock_answers_are_distinct_and_the_same_every_time(stock):
+    answers = stock(200)
+    assert answers == stock(200) and len(set(answers)) == 200
+    assert not any("{" in answer for answer in answers)
 
 
 def test_reading_names_file_and_line(tmp_path):
