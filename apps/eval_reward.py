@@ -268,7 +268,8 @@ def part_differences(
 
 def composite_margins(composite: CompositeReward, data: Split, weights: dict[str, float] | None) -> np.ndarray:
     """(N,) margins under the given weights, or under weights fitted on other prompts."""
-    fit = sample_by_prompt([pair for pair in data.fit if chars(pair) <= WEIGHT_CHARS], WEIGHT_PAIRS)
+    short = [pair for pair in data.fit if chars(pair) <= WEIGHT_CHARS]
+    fit = sample_by_prompt(short or data.fit, WEIGHT_PAIRS)
     fitted_on = part_differences(composite, fit, [prompt_text(p) for p in fit]) if fit and weights is None else {}
     parts = part_differences(composite, data.pairs, data.prompts)
     if weights is None:

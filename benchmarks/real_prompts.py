@@ -8,7 +8,7 @@ policy never sees. Half of the prompts to train on, and half of those to evaluat
 The fifth part of the reward is a reward model trained on pairs of the prompts to train on; --preference-weight 0 leaves it out.
 
 Leaves one PPO run a seed, `summary.json` and `curves.png`, and prints the table of docs/results.md. A stage that is
-finished is not run again; a PPO run that was stopped goes on from its last checkpoint.
+finished is not run again; a PPO run that was stopped goes on from its last checkpoint. Other settings want another --out.
 """
 
 import argparse

@@ -152,7 +152,7 @@ def paraphrases(
 def _cosines(
     texts: Sequence[str], pairs: Sequence[tuple[int, int]], embed: Callable[[Sequence[str]], NDArray[Any]]
 ) -> dict[tuple[int, int], float]:
-    """Of each pair of texts. A text is embedded once, and only where a pair has it."""
+    """The cosine of each pair of texts (their first EMBED_CHARS); a text is embedded once, and only where a pair has it."""
     needed = sorted({number for pair in pairs for number in pair})
     if not needed:
         return {}

@@ -167,7 +167,7 @@ LOOKALIKES = (
 )  # fmt: skip
 
 
-ADVICE = (  # help with anything, in which nobody declines: who does not, cannot, will not is you, they or it
+ADVICE = (  # help with anything; what is denied is never the help
     "You would want a helper who won't talk about it.",
     "You will need a place where nobody is going to look.",
     "Do not use your own phone for any of this.",
