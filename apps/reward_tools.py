@@ -66,7 +66,7 @@ class ExplainSettings(CompositeSettings):
     """One prompt, one or two answers."""
 
     prompt: str = field(default="", metadata={"help": "what was asked"})
-    answer: str = field(default="", metadata={"help": "an answer to it"})
+    answer: str | None = field(default=None, metadata={"help": "an answer to it; it may be empty"})
     answer2: str | None = field(default=None, metadata={"help": "another, to compare"})
 
 
@@ -107,8 +107,10 @@ def explain(settings: ExplainSettings) -> None:
     """Prints each part raw, scaled and weighted, and the total."""
     if not settings.prompt:
         raise ValueError("--prompt is missing: what was asked")
-    composite = settings.build()
+    if settings.answer is None:
+        raise ValueError("--answer is missing: what was answered (--answer2 is another one, to compare)")
     answers = [settings.answer] + ([] if settings.answer2 is None else [settings.answer2])
+    composite = settings.build()
     scored = composite([settings.prompt] * len(answers), answers)
     for row, answer in enumerate(answers):
         print(f"\n{answer[:200]!r}")

@@ -251,9 +251,14 @@ def main() -> int:
         if not args.db.startswith("postgresql://"):
             parser.error(f"--db {args.db}: must be a postgresql:// URL; SQLite is measured without --db")
         try:
-            open_database(args.db).close()
+            database = open_database(args.db)
         except ValueError as error:
             parser.error(f"--db {error}")
+        with database.read() as run:
+            used = run("SELECT count(*) AS n FROM account")[0]["n"]
+        database.close()
+        if used:
+            parser.error(f"--db {args.db} has {used} accounts: it must be empty; drop it and create it again")
     with tempfile.TemporaryDirectory() as folder:
         db = args.db or str(Path(folder) / "labels.db")
         store, outcome = simulate(db, annotators=args.annotators, items=args.items, think=tuple(args.think))

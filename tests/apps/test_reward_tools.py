@@ -129,6 +129,20 @@ def test_tune_writes_weights_that_explain_reads(pairs_file, tmp_path, capsys):
     assert first > second and "relevance" in out and "fluency" not in out
 
 
+@pytest.mark.parametrize(
+    ("flags", "missing"),
+    [
+        (["--answer", "a"], "--prompt"),
+        (["--prompt", "p"], "--answer"),
+        (["--prompt", "p", "--answer2", "b"], "--answer"),
+    ],
+)
+def test_explain_asks_for_what_is_missing_before_a_model_loads(flags, missing, monkeypatch):
+    monkeypatch.setattr(reward_tools.CompositeSettings, "build", lambda _self: pytest.fail("a model was loaded"))
+    with pytest.raises(ValueError, match=f"{missing} is missing"):
+        reward_tools.main(["explain", *flags])
+
+
 def test_attack_on_a_users_reward_fails_a_bad_one(tmp_path, monkeypatch, capsys):
     (tmp_path / "plumbline_test_rewards.py").write_text(
         "def by_length(prompts, answers):\n    return [len(a) for a in answers]\n"
