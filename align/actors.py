@@ -19,6 +19,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -26,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.launch import pick_dtype
 from align.losses import like
+from align.sharding import shard, whole
 from policy_models.attention import default_attention
 from policy_models.loading import load_policy, load_scalar_model
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, answer_states
@@ -159,10 +162,12 @@ class Actors:
         autocast: torch.dtype | None = None,
         num_values: int = 1,
         gradient_checkpointing: bool = False,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """`backbone` becomes the policy. `autocast` is the type that products are computed in, None for as stored.
 
         `num_values` is 2 for a critic of rewards and costs. With critic "none" there is nothing to call `values` on.
+        With a `mesh`, which full fine-tuning alone takes, the layers of all models are sharded over its ranks and go to its devices.
         """
         if critic not in CRITICS:
             raise ValueError(f"critic={critic!r}: must be one of {', '.join(CRITICS)}")
@@ -170,7 +175,9 @@ class Actors:
         backbone.eval()
         self.critic = critic
         self.autocast = autocast
-        self.value_head = ValueHead(backbone.config.hidden_size, num_values).to(backbone.device)
+        self._mesh = mesh
+        device = torch.device(mesh.device_type) if mesh else backbone.device
+        self.value_head = ValueHead(backbone.config.hidden_size, num_values).to(device)
         if gradient_checkpointing:
             backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self._checkpointing = gradient_checkpointing
@@ -190,6 +197,14 @@ class Actors:
             self.lm = backbone
             self._reference = copy.deepcopy(backbone).requires_grad_(False)
             self._critic_lm = copy.deepcopy(backbone) if critic == "own" else None
+        if mesh is not None:
+            for model in filter(None, (self.lm, self._reference, self._critic_lm)):
+                shard(model, mesh, device, autocast)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether a forward outside `whole` waits for all ranks."""
+        return self._mesh is not None
 
     @contextmanager
     def policy(self) -> Iterator[PreTrainedModel]:
@@ -241,19 +256,20 @@ class Actors:
         if policy_logp is not None:
             policy = policy_logp
         else:
-            with self.policy() as model:
+            with self.policy() as model, whole(model):
                 for rows, pack in packs:
                     policy[rows, : pack.keep.shape[1]] = answer_logprobs(model, pack, temperature=temperature)[0]
         states: list[Tensor] | None = [] if self.critic == "head" else None
-        with self.reference() as model:
+        with self.reference() as model, whole(model):
             for rows, pack in packs:
                 logp, _ = answer_logprobs(model, pack, temperature=temperature, states_out=states)
                 reference[rows, : pack.keep.shape[1]] = logp
         num_values = self.value_head.out.out_features
         value = torch.zeros(*keep.shape, *([num_values] if num_values > 1 else []), device=keep.device)
-        for at, (rows, pack) in enumerate(packs if self.critic != "none" else []):
-            value_BR = self.values(pack, states[at] if states else None)
-            value[rows, : pack.keep.shape[1]] = value_BR.masked_fill(~like(pack.keep, value_BR), 0.0)
+        with whole(self._critic_lm or self.value_head):
+            for at, (rows, pack) in enumerate(packs if self.critic != "none" else []):
+                value_BR = self.values(pack, states[at] if states else None)
+                value[rows, : pack.keep.shape[1]] = value_BR.masked_fill(~like(pack.keep, value_BR), 0.0)
         if not states:
             return policy, reference, value, None
         all_states = torch.zeros(*keep.shape, states[0].shape[-1], device=keep.device)
@@ -350,8 +366,16 @@ class Actors:
             if self._critic_lm is not None:
                 self._critic_lm.load_state_dict(state["critic"])
 
-    def save_policy(self, folder: Path) -> None:
-        """The policy as others load it: an adapter folder in LoRA mode, a model folder otherwise."""
+    def save_policy(self, folder: Path, *, write: bool = True) -> None:
+        """The policy as others load it: an adapter folder in LoRA mode, a model folder otherwise.
+
+        All ranks call it together, since they may have to bring their shards; one of them writes.
+        """
+        state = None
+        if self._mesh is not None:
+            state = get_model_state_dict(self.lm, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if not write:
+            return
         if self._peft is not None:
             self._peft.save_pretrained(str(folder), selected_adapters=[POLICY])
             # PEFT puts a named adapter one folder down; users expect adapter_config.json at the top
@@ -359,7 +383,7 @@ class Actors:
                 file.replace(folder / file.name)
             (folder / POLICY).rmdir()
         else:
-            self.lm.save_pretrained(folder)
+            self.lm.save_pretrained(folder, state_dict=state)
 
     @contextmanager
     def _recomputing(self, lm: PreTrainedModel) -> Iterator[None]:

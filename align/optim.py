@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from align.sharding import by_sharding, is_shard
+
 OPTIMIZERS = ("adamw", "adamw_8bit")
 _EPS = 1e-5  # Huang et al. 2024, arXiv:2403.17031: 1e-8 lets the first steps of a small gradient be as large as any
 
@@ -16,7 +18,7 @@ def build_optimizer(name: str, groups: Sequence[tuple[list[nn.Parameter], float]
     `adamw_8bit` keeps both moments in 8 bits (Dettmers et al. 2021, arXiv:2110.02861).
     ImportError, naming the extra, where bitsandbytes is missing.
     """
-    parameters = [{"params": group, "lr": lr} for group, lr in groups if group]
+    parameters = [{"params": part, "lr": lr} for group, lr in groups for part in by_sharding(group) if part]
     if name == "adamw":
         return torch.optim.AdamW(parameters, eps=_EPS, weight_decay=0.0, fused=True)  # one pass over memory, not eight
     return _eight_bit()(parameters, eps=_EPS, weight_decay=0.0)
@@ -28,6 +30,19 @@ def _eight_bit() -> Callable[..., Any]:
     except ImportError as error:
         raise ImportError("optimizer=adamw_8bit needs bitsandbytes: pip install 'plumbline-rlhf[quant]'") from error
     return AdamW8bit
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales all gradients so that their norm together is at most `max_norm`; returns what it was. Shards count with all ranks' parts."""
+    sharded, plain = by_sharding(parameters)
+    if not sharded:
+        return nn.utils.clip_grad_norm_(plain, max_norm)
+    parts = [[p.grad for p in part if p.grad is not None] for part in (sharded, plain)]
+    norms = [nn.utils.get_total_norm(grads) for grads in parts if grads]
+    norm = torch.stack([one.full_tensor() if is_shard(one) else one for one in norms]).norm()  # type: ignore[attr-defined]
+    for part in (sharded, plain):
+        nn.utils.clip_grads_with_norm_(part, max_norm, norm)
+    return norm
 
 
 @torch.no_grad()
@@ -51,7 +66,11 @@ def _row_norms(x: Tensor) -> Tensor:
 
 
 def add_up_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[Tensor], Tensor]) -> None:
-    """Sums gradients over ranks in one exchange; a parameter that saw no token on this rank counts as 0."""
+    """Sums gradients over ranks in one exchange; a parameter that saw no token on this rank counts as 0.
+
+    Gradients of shards are left out: FSDP2 has added them up.
+    """
+    _, parameters = by_sharding(parameters)
     if not parameters:
         return
     flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).reshape(-1).float() for p in parameters])

@@ -19,12 +19,13 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -42,12 +43,13 @@ from align.compression import PowerSGD
 from align.kl_control import KLController
 from align.launch import open_run, parse_settings, pick_dtype
 from align.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
-from align.optim import add_up_gradients, build_optimizer, clip_adaptively
+from align.optim import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
 from align.ppo_evaluation import evaluate, fit_scaling
-from align.ppo_inputs import build_reward, read_prompt_files, refuse_sharding
+from align.ppo_inputs import build_reward, check_sharding, read_prompt_files
 from align.ppo_settings import PPOSettings
 from align.preferences import Messages
 from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
+from align.sharding import mesh_of, whole
 from align.signals import over_ranks, signals
 from align.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from align.watch import Grader, rollout_watch
@@ -84,8 +86,10 @@ class PPO:
         self.prompts, self.prompt_ids = self._encode(prompts)
         self.eval_prompts, self.eval_ids = self._encode(eval_prompts)
 
-        start = load_start(settings.model, dtype=settings.weight_dtype, quantise=settings.quantise)
-        backbone = start.to(accelerator.device)
+        mesh = mesh_of(accelerator)
+        backbone = load_start(settings.model, dtype=settings.weight_dtype, quantise=settings.quantise)
+        if mesh is None:  # else shards go there layer by layer: no device ever holds the whole
+            backbone = backbone.to(accelerator.device)
         lora = settings.lora_config(backbone)
         autocast = None if self.dtype == torch.float32 else self.dtype
         self.actors = Actors(
@@ -95,6 +99,7 @@ class PPO:
             autocast=autocast,
             num_values=2 if settings.cost_component else 1,
             gradient_checkpointing=settings.gradient_checkpointing,
+            mesh=mesh,
         )
         if accelerator.is_main_process:
             print(f"ppo: {model_summary(self.actors.lm)}")
@@ -166,7 +171,7 @@ class PPO:
 
     def sample(self, ids: list[list[int]], generator: torch.Generator, *, reference: bool = False):
         """Answers of the policy, or of the reference, as tokens and texts."""
-        with self.actors.reference() if reference else self.actors.policy() as model:
+        with self.actors.reference() if reference else self.actors.policy() as model, whole(model):
             return sample_answers(
                 model,
                 self.tokenizer,
@@ -295,7 +300,7 @@ class PPO:
     def _accumulate(self, batch, rows, keep, advantage, returns, num_tokens, train_policy, sums) -> None:
         """Adds the gradients of one minibatch, micro-batch by micro-batch; the sums for the log stay on the device."""
         s = self.settings
-        packs = self.packs(batch.prompt_ids, batch.answer_ids, keep, rows, batch.trunk)
+        packs = self.alike(self.packs(batch.prompt_ids, batch.answer_ids, keep, rows, batch.trunk))
 
         def cut(x: Tensor, group: list[int], width: int) -> Tensor:
             return x[group][:, :width]
@@ -352,7 +357,7 @@ class PPO:
         for parameters in self.groups:
             if self.settings.adaptive_clip is not None:
                 clip_adaptively(parameters, self.settings.adaptive_clip)
-            norms.append(nn.utils.clip_grad_norm_(parameters, self.settings.max_grad_norm))
+            norms.append(clip_gradients(parameters, self.settings.max_grad_norm))
         # one look at the device per optimizer step: a NaN anywhere in the window shows in a norm
         norm = float(norms[0] + norms[1])
         kept = {"prompt_ids": [batch.prompt_ids[r] for r in rows], "answer_ids": batch.answer_ids[rows]}
@@ -367,6 +372,15 @@ class PPO:
         self.optimizer.zero_grad(set_to_none=True)
         for name, value in zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True):
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
+
+    def alike(self, packs: list[tuple[list[int], PackedRows]]) -> list[tuple[list[int], PackedRows]]:
+        """As many packs as on the rank that has most: layers that are sharded wait for all ranks. What fills up keeps no token."""
+        if not self.actors.sharded:
+            return packs
+        most = int(self.accelerator.gather(torch.tensor([len(packs)], device=self.accelerator.device)).max())
+        group, last = packs[-1]
+        nothing = replace(last, keep=torch.zeros_like(last.keep))
+        return packs + [(group, nothing)] * (most - len(packs))
 
     def all_reduce(self, totals: Tensor) -> Tensor:
         """Sum over ranks."""
@@ -415,7 +429,8 @@ class PPO:
 def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Path:
     """Runs PPO and returns the run folder. `reward` replaces the composite that the settings describe."""
     accelerator = Accelerator(log_with=settings.log_with, project_dir=settings.output_dir)
-    refuse_sharding(accelerator)
+    if mesh_of(accelerator) is not None:
+        check_sharding(settings)
     if accelerator.device.type == "cpu":
         tune_cpu_memory()
     read_prompt_files(settings)  # bad rows show before a model is built, loaded or downloaded
@@ -472,8 +487,8 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
             raise SystemExit(f"ppo: stopped by SIGTERM after step {step + 1}; go on with --resume true")
     final = {"step": settings.steps, "episode": settings.steps * settings.rollouts_per_step}
     metrics.write(final | evaluate(ppo, settings.steps, metrics))
+    ppo.actors.save_policy(run / "model", write=accelerator.is_main_process)
     if accelerator.is_main_process:
-        ppo.actors.save_policy(run / "model")
         ppo.tokenizer.save_pretrained(run / "model")
     accelerator.wait_for_everyone()
     accelerator.end_training()

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from align.actors import Actors
@@ -54,10 +53,24 @@ def build_reward(
     return CompositeReward([*parts, (learned, settings.preference_weight)])
 
 
-def refuse_sharding(accelerator: Accelerator) -> None:
-    """ValueError under FSDP or DeepSpeed: this loop adds gradients of whole models up, and would shard nothing."""
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        raise ValueError(
-            f"PPO does not run under {accelerator.distributed_type.value}: every process holds the whole model; launch it "
-            "with configs/accelerate/ddp.yaml, and use lora, gradient_checkpointing and adamw_8bit where memory is short"
-        )
+def check_sharding(settings: PPOSettings) -> None:
+    """ValueError for settings that a run over sharded layers (`align.sharding`) does not take."""
+    ddp = "or launch with configs/accelerate/ddp.yaml"
+    for wrong, why in (
+        (
+            settings.lora,
+            f"lora=true: adapters switch too often for shards; set lora: false, {ddp} (and quantise: 4bit)",
+        ),
+        (settings.optimizer != "adamw", f"optimizer={settings.optimizer!r}: set adamw, {ddp}"),
+        (
+            settings.gradient_rank,
+            f"gradient_rank={settings.gradient_rank}: FSDP2 exchanges gradients; set it to 0, {ddp}",
+        ),
+        (
+            settings.adaptive_clip,
+            f"adaptive_clip={settings.adaptive_clip}: rows of a shard are no rows; drop it, {ddp}",
+        ),
+        (pick_dtype(settings.dtype) == torch.float16, f"dtype='float16': set bfloat16 or float32, {ddp}"),
+    ):
+        if wrong:
+            raise ValueError(f"PPO over sharded layers does not take {why}")

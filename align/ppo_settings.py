@@ -146,7 +146,7 @@ class PPOSettings(ModelSettings):
                     raise ValueError(f"{name}={getattr(self, name)}: {rule}")
         if self.rollouts_per_step % self.minibatches:
             raise ValueError(
-                f"{self.rollouts_per_step=} does not split into {self.minibatches=}; "
+                f"rollouts_per_step={self.rollouts_per_step} does not split into minibatches={self.minibatches}; "
                 "make the first a multiple of the second"
             )
         if self.critic not in ("own", "head"):  # "none" is what a group estimator makes of it
@@ -161,17 +161,24 @@ class PPOSettings(ModelSettings):
             raise ValueError(f"kl_estimator={self.kl_estimator!r}: must be one of {', '.join(ESTIMATORS)}")
         if self.tokens_per_micro_batch < self.max_prompt_tokens + self.max_new_tokens:
             raise ValueError(
-                f"{self.tokens_per_micro_batch=} is below {self.max_prompt_tokens=} + {self.max_new_tokens=}: "
+                f"tokens_per_micro_batch={self.tokens_per_micro_batch} is below "
+                f"max_prompt_tokens={self.max_prompt_tokens} + max_new_tokens={self.max_new_tokens}: "
                 "one row might not fit; raise the first or lower the others"
             )
         if self.grader_model and self.grader_model == self.reward_model and self.preference_weight:
             raise ValueError(f"grader_model={self.grader_model!r} is trained on as reward_model: name another, or none")
         if self.preference_weight and not self.reward_model:
-            raise ValueError(f"{self.preference_weight=} but no reward_model: name its folder or set the weight to 0")
+            raise ValueError(
+                f"preference_weight={self.preference_weight} but no reward_model: name its folder or set the "
+                "weight to 0"
+            )
         if self.advantage not in ADVANTAGES:
             raise ValueError(f"advantage={self.advantage!r}: must be one of {', '.join(ADVANTAGES)}")
         if self.rollouts_per_step % self.answers_per_prompt:
-            raise ValueError(f"{self.rollouts_per_step=} is not a multiple of {self.answers_per_prompt=}; make it one")
+            raise ValueError(
+                f"rollouts_per_step={self.rollouts_per_step} is not a multiple of "
+                f"answers_per_prompt={self.answers_per_prompt}; make it one"
+            )
         if self.advantage != "gae" and self.answers_per_prompt < 2:
             raise ValueError(
                 f"advantage={self.advantage!r} compares the answers to one prompt: set answers_per_prompt to 2 or more"
@@ -186,7 +193,8 @@ class PPOSettings(ModelSettings):
             raise ValueError(f"cost_component={self.cost_component!r} needs a critic of costs: use advantage: gae")
         if self.gradient_rank and pick_dtype(self.dtype) == torch.float16:
             raise ValueError(
-                f"{self.gradient_rank=} with dtype={self.dtype!r}: what compression keeps back for later has no fixed "
+                f"gradient_rank={self.gradient_rank} with dtype={self.dtype!r}: what compression keeps back for "
+                "later has no fixed "
                 "loss scale; use bfloat16 or float32, or no gradient_rank"
             )
         self.lagrangian()

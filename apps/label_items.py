@@ -28,7 +28,10 @@ class LabelSettings:
         if not 600 <= self.lease_seconds <= 7 * 86400:
             raise ValueError(f"lease_seconds={self.lease_seconds}: must be 600 to 604800; background tabs tick slowly")
         if not (0 <= self.control_share <= 1 and 0 <= self.repeat_share <= 0.5):
-            raise ValueError(f"{self.control_share=} must be in [0, 1] and {self.repeat_share=} in [0, 0.5]")
+            raise ValueError(
+                f"control_share={self.control_share!r} must be in [0, 1] and repeat_share={self.repeat_share!r} "
+                "in [0, 0.5]"
+            )
         if not (len(self.gold_gap) == 2 and 1 <= self.gold_gap[0] <= self.gold_gap[1]):
             raise ValueError(f"gold_gap={self.gold_gap}: must be two numbers, 1 <= low <= high")
 

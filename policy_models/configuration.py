@@ -128,7 +128,8 @@ class MoEPolicyConfig(PreTrainedConfig):
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"{self.hidden_size=} does not split into {self.num_attention_heads=}; change one or set head_dim"
+                    f"hidden_size={self.hidden_size!r} does not split into "
+                    f"num_attention_heads={self.num_attention_heads!r}; change one or set head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.moe_intermediate_size is None:
@@ -165,21 +166,27 @@ class MoEPolicyConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"{self.num_attention_heads=} is not a multiple of {self.num_key_value_heads=}; "
+                f"num_attention_heads={self.num_attention_heads!r} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads!r}; "
                 "each key/value head serves the same number of query heads"
             )
         if self.head_dim % 2:
-            raise ValueError(f"{self.head_dim=} is odd; rotary embeddings turn pairs of values, so use an even one")
+            raise ValueError(
+                f"head_dim={self.head_dim!r} is odd; rotary embeddings turn pairs of values, so use an even one"
+            )
         if self.attention_pattern not in ("full", "sparse", "local_global"):
-            raise ValueError(f"{self.attention_pattern=} is not one of full, sparse, local_global")
+            raise ValueError(f"attention_pattern={self.attention_pattern!r} is not one of full, sparse, local_global")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(f"{self.num_experts_per_tok=} must lie between 1 and {self.num_experts=}")
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok!r} must lie between 1 and "
+                f"num_experts={self.num_experts!r}"
+            )
         if not self.moe_layers:
             raise ValueError("moe_layers=[] leaves no layer with experts; name at least one, or use the dense model")
         if len(set(self.moe_layers)) != len(self.moe_layers):
-            raise ValueError(f"{self.moe_layers=} names a layer twice")
+            raise ValueError(f"moe_layers={self.moe_layers!r} names a layer twice")
         if self.moe_layers[0] < 0 or self.moe_layers[-1] >= self.num_hidden_layers:
-            raise ValueError(f"{self.moe_layers=} must lie between 0 and {self.num_hidden_layers - 1=}")
+            raise ValueError(f"moe_layers={self.moe_layers!r} must lie between 0 and the last layer, {self.num_hidden_layers - 1}")
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_load_penalty_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns the loss off")
@@ -187,29 +194,45 @@ class MoEPolicyConfig(PreTrainedConfig):
     def _check_router(self) -> None:
         known = ("softmax", "sigmoid", "capacity", "progressive", "grouped")
         if self.router not in known:
-            raise ValueError(f"{self.router=} is not one of {', '.join(known)}")
+            raise ValueError(f"router={self.router!r} is not one of {', '.join(known)}")
         if self.routed_scaling_factor <= 0:
-            raise ValueError(f"{self.routed_scaling_factor=} must be positive")
+            raise ValueError(f"routed_scaling_factor={self.routed_scaling_factor!r} must be positive")
         if self.shared_expert_intermediate_size < 0:
-            raise ValueError(f"{self.shared_expert_intermediate_size=} must not be negative; 0 is no shared expert")
+            raise ValueError(
+                f"shared_expert_intermediate_size={self.shared_expert_intermediate_size!r} must not be negative; "
+                "0 is no shared expert"
+            )
         if self.router_bias_update_rate < 0:
-            raise ValueError(f"{self.router_bias_update_rate=} must not be negative; 0 freezes the bias")
+            raise ValueError(
+                f"router_bias_update_rate={self.router_bias_update_rate!r} must not be negative; 0 freezes the bias"
+            )
         if self.router_capacity_factor < 1:
-            raise ValueError(f"{self.router_capacity_factor=} leaves slots without room; give at least 1")
+            raise ValueError(
+                f"router_capacity_factor={self.router_capacity_factor!r} leaves slots without room; give at least 1"
+            )
         if not self.num_experts_per_tok <= self.router_candidates <= self.num_experts:
             raise ValueError(
-                f"{self.router_candidates=} must lie between {self.num_experts_per_tok=} and {self.num_experts=}"
+                f"router_candidates={self.router_candidates!r} must lie between "
+                f"num_experts_per_tok={self.num_experts_per_tok!r} and num_experts={self.num_experts!r}"
             )
         if (self.router == "grouped") != (self.expert_groups is not None):
-            raise ValueError(f"{self.expert_groups=} goes with router='grouped' and only with it, not {self.router=}")
+            raise ValueError(
+                f"expert_groups={self.expert_groups!r} goes with router='grouped' and only with it, not "
+                f"router={self.router!r}"
+            )
         if self.expert_groups is not None:
             sizes = sorted(self.expert_groups)
             if sum(sizes) != self.num_experts or sizes[0] < 1:
-                raise ValueError(f"{self.expert_groups=} must be sizes of at least 1, {self.num_experts=} in all")
+                raise ValueError(
+                    f"expert_groups={self.expert_groups!r} must be sizes of at least 1, "
+                    f"num_experts={self.num_experts!r} in all"
+                )
             if not 1 <= self.groups_per_tok <= len(sizes):
-                raise ValueError(f"{self.groups_per_tok=} must lie between 1 and the {len(sizes)} groups")
+                raise ValueError(
+                    f"groups_per_tok={self.groups_per_tok!r} must lie between 1 and the {len(sizes)} groups"
+                )
             if sum(sizes[: self.groups_per_tok]) < self.num_experts_per_tok:
                 raise ValueError(
                     f"the smallest {self.groups_per_tok} groups of {self.expert_groups} have fewer experts than "
-                    f"{self.num_experts_per_tok=}; raise groups_per_tok or make the groups larger"
+                    f"num_experts_per_tok={self.num_experts_per_tok!r}; raise groups_per_tok or make the groups larger"
                 )

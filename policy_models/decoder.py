@@ -39,7 +39,8 @@ ARCHITECTURES = (
     "Qwen3ForCausalLM",
 )
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depend on the length of the batch
-_IDLE_HOOKS = ("output_capturing_hook", "make_inputs_require_grads")  # of transformers; do nothing while decoding
+# Of transformers, which do nothing while decoding, and of FSDP2, which gather weights; where they are not, their type says so.
+_IDLE_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "_pre_forward", "_post_forward")
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 _PREFILL_TOKENS = 1024  # tokens of one prefill pass; more only pushes the activations out of the CPU's cache
 _PACK_ROWS = 64  # batch that the packed layout is chosen for; measured good from 1 to 1,024 rows

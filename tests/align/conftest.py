@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -166,6 +167,7 @@ class Rank:
     world: "World | None" = None
 
     device = torch.device("cpu")
+    distributed_type = DistributedType.NO
 
     @property
     def is_main_process(self) -> bool:
