@@ -88,16 +88,19 @@ RUNS = [
     {"model": "llama", "lora_top_layers": 1, "cost_component": "length", "cost_limit": 5.0, "target_kl": 1e-3},
     {"model": "qwen2", "advantage": "rloo", "answers_per_prompt": 2, "kl_in": "loss", "adaptive_clip": 0.05},
     {"model": "mixtral", "lora": False, "policy_lr": 1e-3, "old_logp": "rollout", "gradient_checkpointing": True},
+    {"model": "llama", "lora": False, "policy_lr": 1e-3, "optimizer": "adamw_8bit"},
 ]
 
 
 @pytest.mark.parametrize(
-    "options", RUNS, ids=["moe-lora", "gpt2-head", "llama-full", "constraint", "rloo", "mixtral-full"]
+    "options", RUNS, ids=["moe-lora", "gpt2-head", "llama-full", "constraint", "rloo", "mixtral-full", "llama-8bit"]
 )
 def test_I1_resume_equals_an_unbroken_run_to_the_bit(
     settings, share, length, read_metrics, prompts_file, tmp_path, options
 ):
     """2N steps, or N and a crash and N: all state in the last checkpoint and all metrics are equal."""
+    if options.get("optimizer") == "adamw_8bit":
+        pytest.importorskip("bitsandbytes")
     common = {
         "steps": 2 * N,
         "save_every": N,
@@ -123,7 +126,12 @@ def test_I1_resume_equals_an_unbroken_run_to_the_bit(
     again = settings(output_dir=str(tmp_path / "broken"), resume=True, **common)
     torch.manual_seed(12345)  # a new process starts with another state of the global generators
     train(again, reward=CompositeReward(reward))
-    assert_same_state(final_state(tmp_path / "whole"), final_state(tmp_path / "broken"))
+    states = [final_state(tmp_path / name) for name in ("whole", "broken")]
+    assert_same_state(*states)
+    moments = {
+        value.dtype for name, value in states[0].items() if name.startswith(".optimizer") and torch.is_tensor(value)
+    }
+    assert (torch.uint8 in moments) == (options.get("optimizer") == "adamw_8bit")
     rows = [timeless(read_metrics(tmp_path / name)) for name in ("whole", "broken")]
     assert rows[0] == rows[1]
     assert len({row["kl_coef"] for row in rows[0][:-1]}) > 1  # there was something to restore
