@@ -63,7 +63,7 @@ def launch(folder: Path, values: dict, *, sharded: bool) -> list[dict]:
     flags = [piece for name, value in values.items() for piece in (f"--{name}", str(value))]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if sharded:
-        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     done = subprocess.run(
         [*command, str(folder / "train.py"), *flags],
         env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=170,
