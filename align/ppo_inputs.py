@@ -55,22 +55,15 @@ def build_reward(
 
 def check_sharding(settings: PPOSettings) -> None:
     """ValueError for settings that a run over sharded layers (`align.sharding`) does not take."""
-    ddp = "or launch with configs/accelerate/ddp.yaml"
-    for wrong, why in (
-        (
-            settings.lora,
-            f"lora=true: adapters switch too often for shards; set lora: false, {ddp} (and quantise: 4bit)",
-        ),
-        (settings.optimizer != "adamw", f"optimizer={settings.optimizer!r}: set adamw, {ddp}"),
-        (
-            settings.gradient_rank,
-            f"gradient_rank={settings.gradient_rank}: FSDP2 exchanges gradients; set it to 0, {ddp}",
-        ),
-        (
-            settings.adaptive_clip,
-            f"adaptive_clip={settings.adaptive_clip}: rows of a shard are no rows; drop it, {ddp}",
-        ),
-        (pick_dtype(settings.dtype) == torch.float16, f"dtype='float16': set bfloat16 or float32, {ddp}"),
-    ):
-        if wrong:
-            raise ValueError(f"PPO over sharded layers does not take {why}")
+    refused = {
+        "lora=true (adapters switch too often): set lora: false": settings.lora,
+        f"optimizer={settings.optimizer!r}: set adamw": settings.optimizer != "adamw",
+        f"gradient_rank={settings.gradient_rank} (FSDP2 adds gradients up itself): drop it": settings.gradient_rank,
+        f"adaptive_clip={settings.adaptive_clip} (a shard does not know the norm of a row): drop it": settings.adaptive_clip,
+        "dtype='float16': set bfloat16 or float32": pick_dtype(settings.dtype) == torch.float16,
+    }
+    for what, given in refused.items():
+        if given:
+            raise ValueError(
+                f"PPO over sharded layers does not take {what}, or launch with configs/accelerate/ddp.yaml"
+            )

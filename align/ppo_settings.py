@@ -194,8 +194,7 @@ class PPOSettings(ModelSettings):
         if self.gradient_rank and pick_dtype(self.dtype) == torch.float16:
             raise ValueError(
                 f"gradient_rank={self.gradient_rank} with dtype={self.dtype!r}: what compression keeps back for "
-                "later has no fixed "
-                "loss scale; use bfloat16 or float32, or no gradient_rank"
+                "later has no fixed loss scale; use bfloat16 or float32, or no gradient_rank"
             )
         self.lagrangian()
         KLController(self.kl_coef, self.kl_target, self.kl_horizon)  # refuses what it cannot use

@@ -56,10 +56,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, dtype:
     inside = {parameter for layer in layers for parameter in layer.parameters()}
     outside = {parameter for parameter in model.parameters() if parameter not in inside}
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for (
-        layer
-    ) in layers:  # and not the model around them: its class would change, by which transformers knows its outputs
-        sharded = fully_shard(layer, mesh=mesh, mp_policy=precision)
+    # not the model around them: fully_shard changes the class of a module, and by its class transformers knows a model's outputs
+    for layer in layers:
+        sharded = fully_shard(layer, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
         # a loss is a sum over tokens of all ranks already: gradients are added up, not averaged
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
