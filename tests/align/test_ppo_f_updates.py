@@ -251,7 +251,7 @@ def test_F4_every_row_once_a_pass_in_a_new_order(make_ppo, one_step, spied):
 
 
 def test_F4_remainders_are_refused(make_ppo, world):
-    with pytest.raises(ValueError, match="rollouts_per_step=10 does not split into self.minibatches=4"):
+    with pytest.raises(ValueError, match="rollouts_per_step=10 does not split into minibatches=4"):
         PPOSettings(rollouts_per_step=10, minibatches=4)
     with pytest.raises(ValueError, match="rollouts_per_step=8 does not split into 3 processes x 2 minibatches"):
         make_ppo(rollouts_per_step=8, minibatches=2, rank=world(3).ranks[0])
