@@ -5,7 +5,8 @@
 
 50 annotators label 5,000 assignments over HTTP. One submit in ten is sent twice at once, one claim in twenty is walked away
 from (its lease is then aged past its end), and the server is killed with SIGKILL twice and started again. Annotators think
-between labels; latencies are of calls that met a living server. The last line is JSON, also appended to results/label.csv.
+between labels; latencies are of calls that met a living server. `cpu_stolen` is the share of the cores' time that the host of a virtual
+machine took away meanwhile. The last line is JSON, also appended to results/label.csv.
 """
 
 import argparse
@@ -240,6 +241,15 @@ def check(store: LabelStore, outcome: Outcome, *, items: int, overlap: int) -> d
     }
 
 
+def cpu_ticks() -> tuple[int, int]:
+    """(taken away by the host, all) of every core since the machine started; zeros where Linux does not say."""
+    try:
+        ticks = [int(one) for one in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    except OSError:
+        return 0, 0
+    return ticks[7], sum(ticks)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--db", help="an empty PostgreSQL database; default: SQLite in a temporary folder")
@@ -259,11 +269,13 @@ def main() -> int:
         database.close()
         if used:
             parser.error(f"--db {args.db} has {used} accounts: it must be empty; drop it and create it again")
+    stolen_before, ticks_before = cpu_ticks()
     with tempfile.TemporaryDirectory() as folder:
         db = args.db or str(Path(folder) / "labels.db")
         store, outcome = simulate(db, annotators=args.annotators, items=args.items, think=tuple(args.think))
         wrong = check(store, outcome, items=args.items, overlap=2)
         store.database.close()
+    stolen, ticks = cpu_ticks()
     p50, p95, p99 = np.quantile(outcome.both_s, [0.5, 0.95, 0.99]) * 1000
     row = {
         "store": "postgres" if args.db else "sqlite",
@@ -276,6 +288,7 @@ def main() -> int:
         "claim_submit_p50_ms": round(p50, 1),
         "claim_submit_p95_ms": round(p95, 1),
         "claim_submit_p99_ms": round(p99, 1),
+        "cpu_stolen": round((stolen - stolen_before) / max(ticks - ticks_before, 1), 4),
         "violations": sum(wrong.values()),
     }
     RESULTS.parent.mkdir(exist_ok=True)
