@@ -266,7 +266,7 @@ class Actors:
                 reference[rows, : pack.keep.shape[1]] = logp
         num_values = self.value_head.out.out_features
         value = torch.zeros(*keep.shape, *([num_values] if num_values > 1 else []), device=keep.device)
-        with whole(self._critic_lm or self.value_head):
+        with whole(self._critic_lm):
             for at, (rows, pack) in enumerate(packs if self.critic != "none" else []):
                 value_BR = self.values(pack, states[at] if states else None)
                 value[rows, : pack.keep.shape[1]] = value_BR.masked_fill(~like(pack.keep, value_BR), 0.0)

@@ -49,7 +49,7 @@ from align.ppo_inputs import build_reward, check_sharding, read_prompt_files
 from align.ppo_settings import PPOSettings
 from align.preferences import Messages
 from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
-from align.sharding import mesh_of, whole
+from align.sharding import asks_for_shards, mesh_of, whole
 from align.signals import over_ranks, signals
 from align.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from align.watch import Grader, rollout_watch
@@ -300,7 +300,7 @@ class PPO:
     def _accumulate(self, batch, rows, keep, advantage, returns, num_tokens, train_policy, sums) -> None:
         """Adds the gradients of one minibatch, micro-batch by micro-batch; the sums for the log stay on the device."""
         s = self.settings
-        packs = self.alike(self.packs(batch.prompt_ids, batch.answer_ids, keep, rows, batch.trunk))
+        packs = self.fill_up(self.packs(batch.prompt_ids, batch.answer_ids, keep, rows, batch.trunk))
 
         def cut(x: Tensor, group: list[int], width: int) -> Tensor:
             return x[group][:, :width]
@@ -373,7 +373,7 @@ class PPO:
         for name, value in zip(("policy/grad_norm", "value/grad_norm"), norms, strict=True):
             sums[name] = sums.get(name, torch.zeros((), device=value.device)) + value.detach()
 
-    def alike(self, packs: list[tuple[list[int], PackedRows]]) -> list[tuple[list[int], PackedRows]]:
+    def fill_up(self, packs: list[tuple[list[int], PackedRows]]) -> list[tuple[list[int], PackedRows]]:
         """As many packs as on the rank that has most: layers that are sharded wait for all ranks. What fills up keeps no token."""
         if not self.actors.sharded:
             return packs
@@ -429,7 +429,7 @@ class PPO:
 def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Path:
     """Runs PPO and returns the run folder. `reward` replaces the composite that the settings describe."""
     accelerator = Accelerator(log_with=settings.log_with, project_dir=settings.output_dir)
-    if mesh_of(accelerator) is not None:
+    if asks_for_shards(accelerator):
         check_sharding(settings)
     if accelerator.device.type == "cpu":
         tune_cpu_memory()

@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 
-def mesh_of(accelerator: Accelerator) -> DeviceMesh | None:
-    """All ranks in a row where accelerate was told to shard by FSDP2, else None.
+def asks_for_shards(accelerator: Accelerator) -> bool:
+    """Whether accelerate was told to shard by FSDP2.
 
     On a CPU accelerate has no such type, and what its launcher puts into the environment decides.
     Raises ValueError for FSDP1 and DeepSpeed.
@@ -32,13 +32,20 @@ def mesh_of(accelerator: Accelerator) -> DeviceMesh | None:
     kind = accelerator.distributed_type
     on_cpu = kind == DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP")
     if not on_cpu and kind in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
-        return None
+        return False
     version = os.environ.get("FSDP_VERSION", "1")
     if not (on_cpu or kind == DistributedType.FSDP) or version != "2":
         raise ValueError(
             f"PPO does not run under {'FSDP' if on_cpu else kind.value} (FSDP_VERSION={version}): shard with FSDP2 "
             "(configs/accelerate/fsdp2.yaml), or let every process hold the whole model (configs/accelerate/ddp.yaml)"
         )
+    return True
+
+
+def mesh_of(accelerator: Accelerator) -> DeviceMesh | None:
+    """All ranks in a row, (ranks,), where layers are to be sharded, else None. Raises what `asks_for_shards` does."""
+    if not asks_for_shards(accelerator):
+        return None
     return init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
 
 
@@ -69,12 +76,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, device: torch.device, dtype:
 
 
 @contextmanager
-def whole(model: nn.Module) -> Iterator[None]:
-    """Keeps all layers gathered: for generation, and for forwards that ranks do not make alike. Nothing to do without shards.
+def whole(model: nn.Module | None) -> Iterator[None]:
+    """Keeps all layers gathered: for generation, and for forwards that ranks do not make alike. Nothing to do without shards or model.
 
     All ranks enter and leave together. Backward passes do not belong inside.
     """
-    modules = _sharded(model)
+    modules = [] if model is None else [module for module in model.modules() if isinstance(module, FSDPModule)]
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -94,7 +101,3 @@ def is_shard(tensor: Tensor) -> bool:
 def by_sharding(parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(sharded, whole on every rank): no fused kernel takes the two together."""
     return [p for p in parameters if is_shard(p)], [p for p in parameters if not is_shard(p)]
-
-
-def _sharded(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]

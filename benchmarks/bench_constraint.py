@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 if not __package__:  # launched by path, not imported: look from the repository root
@@ -64,14 +65,15 @@ def parse_args() -> argparse.Namespace:
 
 
 def gains(run: Path) -> dict[str, Any]:
-    """What a run gained on its held-out prompts, part by part, and how it ended."""
+    """What a run gained on its held-out prompts and how it ended; a part without an opinion on some answer is left out."""
     before, after = (rows_of(path) for path in (min(tables(run)), max(tables(run))))
     prompts = [p for p in before if p in after]
-    kept = [name for name in PARTS if all(before[p].get(name) is not None for p in prompts)]
-    for row in [*before.values(), *after.values()]:
-        row["all parts"] = sum(row[name] or 0.0 for name in kept)
+    rows = [rows[p] for rows in (before, after) for p in prompts]
+    kept = [name for name in PARTS if all(row.get(name) is not None for row in rows)]
+    for row in rows:
+        row["all parts"] = sum(row[name] for name in kept)
     gained = {
-        name: paired_bootstrap([after[p][name] or 0.0 for p in prompts], [before[p][name] or 0.0 for p in prompts])
+        name: paired_bootstrap([after[p][name] for p in prompts], [before[p][name] for p in prompts])
         for name in ("all parts", *kept)
     }
     metrics = read_metrics(run)
@@ -80,7 +82,7 @@ def gains(run: Path) -> dict[str, Any]:
         "prompts": len(prompts),
         "gain": {name: one._asdict() for name, one in gained.items()},
         "kl_per_answer": last["eval/kl_per_answer"],
-        "safety_raw_last_steps": mean(
+        "safety_raw_last_steps": fmean(
             [row["reward/safety_raw_mean"] for row in metrics if "reward/safety_raw_mean" in row][-3:]
         ),
         "multiplier": [row["lagrangian/multiplier"] for row in metrics if "lagrangian/multiplier" in row],
@@ -94,10 +96,6 @@ def tables(run: Path) -> list[Path]:
 def rows_of(table: Path) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line) for line in table.read_text(encoding="utf-8").splitlines()]
     return {row["prompt"]: row for row in rows}
-
-
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:

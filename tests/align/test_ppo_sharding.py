@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from align.ppo_inputs import check_sharding
-from align.sharding import mesh_of
+from align.sharding import asks_for_shards, mesh_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -38,9 +38,9 @@ class Share:
 
 noted = {"packs": [], "slow": []}
 class PPO(ppo.PPO):
-    def alike(self, packs):
+    def fill_up(self, packs):
         noted["packs"].append(len(packs))
-        filled = super().alike(packs)
+        filled = super().fill_up(packs)
         noted["held"] = [(p.to_local() if is_shard(p) else p).numel() for p in self.actors.lm.base_model.layers.parameters()]
         noted["of"] = [p.numel() for p in self.actors.lm.base_model.layers.parameters()]
         return filled
@@ -136,7 +136,7 @@ def test_deepspeed_and_fsdp1_are_refused(kind, version, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(ValueError, match=r"fsdp2\.yaml"):
-        mesh_of(SimpleNamespace(distributed_type=kind))
+        asks_for_shards(SimpleNamespace(distributed_type=kind))
 
 
 @pytest.mark.parametrize("kind", [DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU])
