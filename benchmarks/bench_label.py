@@ -10,7 +10,6 @@ machine took away meanwhile. The last line is JSON, also appended to results/lab
 """
 
 import argparse
-import csv
 import json
 import random
 import signal
@@ -34,6 +33,7 @@ if not __package__:
 from apps.label_database import open_database  # noqa: E402
 from apps.label_items import NewItem, NewResponse  # noqa: E402
 from apps.label_store import LabelStore  # noqa: E402
+from benchmarks.records import append_dicts  # noqa: E402
 
 PASSWORD = "a simulated password"
 RESULTS = Path(__file__).parent / "results" / "label.csv"
@@ -291,13 +291,8 @@ def main() -> int:
         "cpu_stolen": round((stolen - stolen_before) / max(ticks - ticks_before, 1), 4),
         "violations": sum(wrong.values()),
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    is_new = not RESULTS.is_file()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=["time", *row])
-        if is_new:
-            writer.writeheader()
-        writer.writerow({"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **row})
+    stamped = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), **row}
+    append_dicts(RESULTS, list(stamped), [stamped])
     print("\n".join([f"{name}: {count}" for name, count in wrong.items()] + outcome.errors[:5]))
     print(json.dumps(row | wrong))
     return 1 if sum(wrong.values()) else 0
