@@ -186,17 +186,18 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
         store.settings()
         return {"ok": True}
 
-    # Labelling
+    # Labelling. The two calls that every label makes answer with a response of their own: what is returned as data goes
+    # to another thread to be checked.
 
     @app.post("/api/claim", tags=["label"])
-    def claim(account: Annotator) -> dict[str, Any]:
+    def claim(account: Annotator) -> JSONResponse:
         """{"task": the next task or null, "progress": counts}. A live lease of one's own is given again."""
-        return {"task": store.claim(account.id), "progress": store.progress(account.id)}
+        return JSONResponse({"task": store.claim(account.id), "progress": store.progress(account.id)})
 
     @app.post("/api/assignments/{assignment}/submit", tags=["label"])
-    def submit(assignment: Key, body: Submit, account: Annotator) -> dict[str, Any]:
+    def submit(assignment: Key, body: Submit, account: Annotator) -> JSONResponse:
         """Stores an answer once; another answer to the same assignment is a revision."""
-        return store.submit(account.id, assignment, body.request_id, body.answer)
+        return JSONResponse(store.submit(account.id, assignment, body.request_id, body.answer))
 
     @app.post("/api/assignments/{assignment}/heartbeat", tags=["label"])
     def heartbeat(assignment: Key, account: Annotator) -> dict[str, float]:

@@ -100,6 +100,9 @@ class Execute(Protocol):
     def together(self, *statements: Statement) -> list[list[Row]]:
         """The rows of each, in order: one round trip for statements of which none needs to know what another one returned."""
 
+    def finish(self, *statements: Statement) -> list[list[Row]]:
+        """As `together`, with the commit in the same round trip; nothing can be run after it."""
+
 
 class Database(Protocol):
     """The join between the store and a database engine."""
@@ -159,9 +162,11 @@ class SQLiteDatabase:
         try:
             yield _SQLiteExecute(connection)
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
-        connection.execute("COMMIT")
+        if connection.in_transaction:
+            connection.execute("COMMIT")
 
     @contextmanager
     def write(self) -> Iterator[Execute]:
@@ -193,6 +198,11 @@ class _SQLiteExecute:
 
     def together(self, *statements: Statement) -> list[list[Row]]:
         return [self(*one) for one in statements]
+
+    def finish(self, *statements: Statement) -> list[list[Row]]:
+        rows = self.together(*statements)
+        self("COMMIT")
+        return rows
 
 
 class PostgresDatabase:
@@ -230,6 +240,9 @@ class PostgresDatabase:
         connection = getattr(holder, "connection", None)
         if connection is None or connection.closed:
             connection = self._connect(self.url, autocommit=True, row_factory=self._rows)
+            # Else statements whose plans look cheaper with their values known are planned at every call, which takes
+            # longer than they do; all go by keys and the queue's index, whatever the values.
+            connection.execute("SET plan_cache_mode = force_generic_plan")
             holder.connection = connection
         return connection
 
@@ -250,10 +263,11 @@ class PostgresDatabase:
             connection, _ = self._first(holder, begin)
             yield _PostgresExecute(connection)
         except BaseException:
-            if not connection.closed:
+            if _in_transaction(connection):
                 connection.execute("ROLLBACK")
             raise
-        connection.execute("COMMIT")
+        if _in_transaction(connection):
+            connection.execute("COMMIT")
 
     @contextmanager
     def write(self) -> Iterator[Execute]:
@@ -291,6 +305,13 @@ class _PostgresExecute:
         with self.connection.pipeline():
             cursors = [self.connection.execute(_percent(one, values), values or None) for one, values in statements]
         return [_rows(cursor) for cursor in cursors]
+
+    def finish(self, *statements: Statement) -> list[list[Row]]:
+        return self.together(*statements, ("COMMIT", ()))[:-1]
+
+
+def _in_transaction(connection: Any) -> bool:
+    return not connection.closed and connection.info.transaction_status != 0  # libpq's PQTRANS_IDLE
 
 
 def _rows(cursor: Any) -> list[Row]:

@@ -131,17 +131,40 @@ def insert_item(run: Execute, rng: random.Random, now: float, item: NewItem, set
     return rows[0]["id"]
 
 
-Terms = tuple[LabelSettings, int]  # settings and the version of the guidelines
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a task is handed out under, as of the open transaction. `last_hash`: of the audit trail, for its next event."""
+
+    settings: LabelSettings
+    guideline_version: int
+    last_hash: str
 
 
-def responses_of(run: Execute, item_id: int) -> list[Row]:
-    """The answers of an item in canonical order."""
-    return run(*select_responses(item_id))
+# Columns for any SELECT: what `terms_of` reads.
+LAST_HASH = "(SELECT hash FROM event ORDER BY seq DESC LIMIT 1) AS last_hash"
+TERMS = (
+    "(SELECT value FROM setting WHERE key = 'label_settings') AS label_settings,"
+    f" (SELECT value FROM setting WHERE key = 'guideline_version') AS guideline_version, {LAST_HASH}"
+)
 
 
-def select_responses(item_id: int) -> Statement:
-    """What `responses_of` runs."""
-    return "SELECT * FROM response WHERE item_id = ? ORDER BY idx", (item_id,)
+def terms_of(row: Row) -> Terms:
+    """The terms in a row with the columns of TERMS."""
+    return Terms(
+        settings=settings_of(json.loads(row["label_settings"] or "{}")),
+        guideline_version=int(row["guideline_version"] or 1),
+        last_hash=row["last_hash"] or "",
+    )
+
+
+def read_terms(run: Execute) -> Terms:
+    """The terms in force."""
+    return terms_of(run(f"SELECT {TERMS}")[0])
+
+
+def read_settings(run: Execute) -> LabelSettings:
+    """The settings in force."""
+    return read_terms(run).settings
 
 
 def get_setting(run: Execute, key: str) -> str | None:
@@ -156,25 +179,6 @@ def put_setting(run: Execute, key: str, value: str) -> None:
         "INSERT INTO setting (key, value) VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
         (key, value),
     )
-
-
-def read_settings(run: Execute) -> LabelSettings:
-    """The settings in force."""
-    return read_terms(run)[0]
-
-
-SELECT_TERMS: Statement = "SELECT key, value FROM setting WHERE key IN ('label_settings', 'guideline_version')", ()
-
-
-def read_terms(run: Execute) -> Terms:
-    """(settings, guideline version) in force."""
-    return terms_of(run(*SELECT_TERMS))
-
-
-def terms_of(rows: list[Row]) -> Terms:
-    """Terms from the rows of SELECT_TERMS."""
-    found = {row["key"]: row["value"] for row in rows}
-    return settings_of(json.loads(found.get("label_settings") or "{}")), int(found.get("guideline_version") or 1)
 
 
 def settings_of(stored: dict[str, Any]) -> LabelSettings:
@@ -192,26 +196,22 @@ def settings_of(stored: dict[str, Any]) -> LabelSettings:
     return LabelSettings(**stored)
 
 
-SELECT_LAST_EVENT: Statement = "SELECT hash FROM event ORDER BY seq DESC LIMIT 1", ()
-
-
 def log_event(
     run: Execute, now: float, account_id: int | None, kind: str, subject: str, payload: dict[str, Any]
-) -> int:
-    """Appends to the audit trail; returns the sequence number."""
-    return run(*insert_event(run(*SELECT_LAST_EVENT), now, account_id, kind, subject, payload))[0]["seq"]
+) -> None:
+    """Appends to the audit trail."""
+    previous = run(f"SELECT {LAST_HASH}")[0]["last_hash"] or ""
+    run(*insert_event(previous, now, account_id, kind, subject, payload))
 
 
 def insert_event(
-    last: list[Row], now: float, account_id: int | None, kind: str, subject: str, payload: dict[str, Any]
+    previous: str, now: float, account_id: int | None, kind: str, subject: str, payload: dict[str, Any]
 ) -> Statement:
-    """The statement that appends an event and returns its `seq`. last: the rows of SELECT_LAST_EVENT; each hash covers the one before."""
-    previous = last[0]["hash"] if last else ""
+    """The statement that appends an event. previous: the hash of the last one ("" if none), which the new hash covers."""
     text = json.dumps(payload, ensure_ascii=False, sort_keys=True)
     digest = event_hash(previous, now, account_id, kind, subject, text)
     return (
-        "INSERT INTO event (at, account_id, kind, subject, payload_json, prev_hash, hash) VALUES (?,?,?,?,?,?,?)"
-        " RETURNING seq",
+        "INSERT INTO event (at, account_id, kind, subject, payload_json, prev_hash, hash) VALUES (?,?,?,?,?,?,?)",
         (now, account_id, kind, subject, text, previous, digest),
     )
 

@@ -2,15 +2,19 @@
 
 `choose`: gold when due, now and then one's own item again, the random control slice, else the best open item: those with
 labels already first (an item half done helps nobody), then by priority.
+
+`hand_out`, `lease` and `record` end the transaction: writers take turns, so every round trip of one is waited for by all.
 """
 
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 from apps.label_answers import COUNTED, Answer, RefusedError, by_response, by_slot, check_answer, passes_gold
 from apps.label_database import Execute, Row, Statement
-from apps.label_items import SELECT_LAST_EVENT, LabelSettings, Terms, insert_event, log_event, select_responses
+from apps.label_items import LAST_HASH, LabelSettings, Terms, insert_event, log_event
 
 FIRST, REPEAT, REVIEW = 0, 1, 2  # `assignment.round`: a first label, one's own item again, a reviewer's decision
 GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, below this pass rate
@@ -18,31 +22,46 @@ GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, be
 
 def choose(
     run: Execute, rng: random.Random, account_id: int, settings: LabelSettings, *, has_gold: bool
-) -> tuple[int, int, str] | None:
-    """(item, round, why): gold when due, sometimes one's own again, the control slice, else the best open item.
+) -> tuple[list[Row], int, str] | None:
+    """(rows of `select_item`, round, why): gold when due, sometimes one's own again, the control slice, else the best open item.
 
     has_gold: whether any gold item is open.
     """
     if has_gold and (gold := gold_due(run, rng, account_id, settings)):
-        return gold, FIRST, "gold"
+        return run(*select_item("?", (gold,))), FIRST, "gold"
     if rng.random() < settings.repeat_share and (again := own_again(run, rng, account_id)):
-        return again, REPEAT, "repeat"
+        return run(*select_item("?", (again,))), REPEAT, "repeat"
     control_first = rng.random() < settings.control_share
+    # Mostly the first; now and then a neighbour, so that annotators do not march in step.
+    place = 0 if rng.random() < 0.9 else rng.randrange(8)
     for control in (1, 0) if control_first else (0, 1):
-        items = run(
-            "SELECT i.id FROM item i WHERE i.status = 'open' AND i.is_gold = 0 AND i.is_control = ?"
-            " AND i.n_done + (SELECT count(*) FROM assignment a WHERE a.item_id = i.id AND a.state = 'leased'"
-            "   AND a.round = 0) < i.target_labels"
-            " AND NOT EXISTS (SELECT 1 FROM assignment a WHERE a.item_id = i.id AND a.account_id = ? AND a.round = 0"
-            "   AND a.state <> 'expired')"
-            " ORDER BY i.n_done DESC, i.priority DESC, i.shuffle LIMIT 8",
-            (control, account_id),
-        )
-        if items:
-            # Mostly the first; now and then a neighbour, so that annotators do not march in step.
-            pick = items[0] if rng.random() < 0.9 else rng.choice(items)
-            return pick["id"], FIRST, "control" if control else "active"
+        for at in (place, 0) if place else (0,):  # near the queue's end there may be no neighbour
+            best = (
+                "(SELECT o.id FROM item o WHERE o.status = 'open' AND o.is_gold = 0 AND o.is_control = ?"
+                " AND o.n_done + (SELECT count(*) FROM assignment a WHERE a.item_id = o.id AND a.state = 'leased'"
+                "   AND a.round = 0) < o.target_labels"
+                " AND NOT EXISTS (SELECT 1 FROM assignment a WHERE a.item_id = o.id AND a.account_id = ? AND a.round = 0"
+                "   AND a.state <> 'expired')"
+                f" ORDER BY o.n_done DESC, o.priority DESC, o.shuffle LIMIT 1 OFFSET {at})"
+            )
+            if answers := run(*select_item(best, (control, account_id))):
+                return answers, FIRST, "control" if control else "active"
     return None
+
+
+def select_item(which: str, values: Sequence[Any]) -> Statement:
+    """An item's answers in canonical order, each row with what handing the item out depends on; no row where there is no item.
+
+    which: its id as an SQL expression with `values`. `times_shown` and `last_order` are of its first labels.
+    """
+    first_labels = "FROM assignment a WHERE a.item_id = i.id AND a.round = 0"
+    return (
+        "SELECT r.id, r.item_id, r.text, r.model, r.finish_reason, i.kind, i.prompt_json, i.warning,"
+        f" (SELECT count(*) {first_labels}) AS times_shown,"
+        f" (SELECT a.order_json {first_labels} ORDER BY a.id DESC LIMIT 1) AS last_order"
+        f" FROM item i JOIN response r ON r.item_id = i.id WHERE i.id = {which} ORDER BY r.idx",
+        values,
+    )
 
 
 def gold_due(run: Execute, rng: random.Random, account_id: int, settings: LabelSettings) -> int | None:
@@ -79,87 +98,84 @@ def own_again(run: Execute, rng: random.Random, account_id: int) -> int | None:
 
 
 def hand_out(
-    run: Execute, rng: random.Random, now: float, terms: Terms, account_id: int, item_id: int, round_: int, reason: str
+    run: Execute,
+    rng: random.Random,
+    now: float,
+    terms: Terms,
+    account_id: int,
+    answers: list[Row],
+    round_: int,
+    reason: str,
 ) -> Row:
-    """Leases an item to an annotator, its answers in an order of their own; returns the task."""
-    of_one = round_ == REPEAT
-    answers, shown = run.together(
-        select_responses(item_id),
-        (
-            "SELECT order_json FROM assignment WHERE item_id = ? AND round = 0"
-            f"{' AND account_id = ?' if of_one else ''} ORDER BY id",
-            (item_id, account_id) if of_one else (item_id,),
-        ),
-    )
-    order = side_order(rng, round_, [row["id"] for row in answers], [json.loads(row["order_json"]) for row in shown])
-    return lease(run, now, terms, account_id, item_id, round_, order, reason, answers)
+    """Leases the item of `answers` (rows of `select_item`) to an annotator, in an order of their own; returns the task."""
+    ids, times_shown, last_order = [row["id"] for row in answers], answers[0]["times_shown"], answers[0]["last_order"]
+    if round_ == REPEAT:
+        own = "SELECT order_json FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0"
+        last_order = run(own, (answers[0]["item_id"], account_id))[0]["order_json"]
+    order = side_order(rng, round_, ids, times_shown, json.loads(last_order or "[]"))
+    return lease(run, now, terms, account_id, answers, round_, order, reason)
 
 
-def side_order(rng: random.Random, round_: int, ids: list[int], shown: list[list[int]]) -> list[int]:
+def side_order(rng: random.Random, round_: int, ids: list[int], times_shown: int, last_order: list[int]) -> list[int]:
     """Response ids by slot, in random order; reversed from one's own first time, and balanced within a pair.
 
-    ids: of the item, in canonical order. shown: the orders of its first labels, oldest first; of REPEAT one's own.
+    ids: of the item, in canonical order. times_shown, last_order: of its first labels; the order of REPEAT is one's own.
     """
     # Every second annotator of a pair sees the other side first.
-    if round_ == REPEAT or len(ids) == 2 and len(shown) % 2:
-        return shown[-1][::-1]
+    if round_ == REPEAT or len(ids) == 2 and times_shown % 2:
+        return last_order[::-1]
     return rng.sample(ids, len(ids))
 
 
+# What a task shows of an assignment besides its own columns.
+_DRAFT = "(SELECT d.payload_json FROM draft d WHERE d.assignment_id = assignment.id) AS draft"
+_SAID = "(SELECT j.answer_json FROM judgement j WHERE j.assignment_id = assignment.id AND j.is_current = 1) AS said"
+
+
 def lease(
-    run: Execute, now: float, terms: Terms, account_id: int, item_id: int, round_: int, order: list[int], reason: str,
+    run: Execute,
+    now: float,
+    terms: Terms,
+    account_id: int,
     answers: list[Row],
-) -> Row:  # fmt: skip
-    """Hands an item to an annotator with its answers in `order` (ids by slot), and returns the task; an own expired lease revives.
+    round_: int,
+    order: list[int],
+    reason: str,
+) -> Row:
+    """Hands the item of `answers` (rows of `select_item`) to an annotator and returns the task; an own expired lease revives.
 
-    answers: of the item, in canonical order.
+    order: ids of answers by slot.
     """
-    settings, version = terms
-    (row,), last = run.together(
-        (
-            "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
-            " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
-            " ON CONFLICT (item_id, account_id, round) DO UPDATE SET state = 'leased', lease_until = excluded.lease_until,"
-            " served_at = excluded.served_at RETURNING id, order_json",
-            (item_id, account_id, round_, now + settings.lease_seconds, json.dumps(order), reason, version, now),
-        ),
-        SELECT_LAST_EVENT,
-    )
+    item_id, until = answers[0]["item_id"], now + terms.settings.lease_seconds
+    row = run(
+        "INSERT INTO assignment (item_id, account_id, round, state, lease_until, order_json, served_reason,"
+        " guideline_version, served_at) VALUES (?, ?, ?, 'leased', ?, ?, ?, ?, ?)"
+        " ON CONFLICT (item_id, account_id, round) DO UPDATE SET state = 'leased', lease_until = excluded.lease_until,"
+        f" served_at = excluded.served_at RETURNING *, {_DRAFT}, {_SAID}",
+        (item_id, account_id, round_, until, json.dumps(order), reason, terms.guideline_version, now),
+    )[0]
     what = {"item": item_id, "why": reason, "order": json.loads(row["order_json"])}  # a revived lease keeps its order
-    event = insert_event(last, now, account_id, "serve", f"assignment/{row['id']}", what)
-    _, rows = run.together(event, select_task(account_id, item_id, round_))
-    return task_of(rows[0], answers)
+    run.finish(insert_event(terms.last_hash, now, account_id, "serve", f"assignment/{row['id']}", what))
+    return task_of(row, answers)
 
 
-def task(run: Execute, account_id: int, item_id: int, round_: int) -> Row:
-    """What the browser may see of an assignment: no model, no score, no gold, no canonical order."""
-    rows, answers = run.together(select_task(account_id, item_id, round_), select_responses(item_id))
-    return task_of(rows[0], answers)
-
-
-def select_task(account_id: int, item_id: int, round_: int) -> Statement:
-    """The assignment with what `task_of` shows of it."""
-    return (
-        "SELECT a.*, i.kind, i.prompt_json, i.warning, d.payload_json AS draft, j.answer_json AS said FROM assignment a"
-        " JOIN item i ON i.id = a.item_id"
-        " LEFT JOIN draft d ON d.assignment_id = a.id"
-        " LEFT JOIN judgement j ON j.assignment_id = a.id AND j.is_current = 1"
-        " WHERE a.item_id = ? AND a.account_id = ? AND a.round = ?",
-        (item_id, account_id, round_),
-    )
+def select_task(account_id: int, item_id: int, round_: int) -> tuple[Statement, Statement]:
+    """What `task_of` takes: the assignment, and its item."""
+    own = f"SELECT *, {_DRAFT}, {_SAID} FROM assignment WHERE item_id = ? AND account_id = ? AND round = ?"
+    return (own, (item_id, account_id, round_)), select_item("?", (item_id,))
 
 
 def task_of(assignment: Row, answers: list[Row]) -> Row:
-    """See `task`."""
-    draft, said = assignment["draft"], assignment["said"]
+    """What the browser may see of an assignment: no model, no score, no gold, no canonical order."""
+    item, draft, said = answers[0], assignment["draft"], assignment["said"]
     responses = {row["id"]: row for row in answers}
     order = json.loads(assignment["order_json"])
     return {
         "assignment": assignment["id"],
-        "kind": assignment["kind"],
+        "kind": item["kind"],
         "state": assignment["state"],
-        "prompt": json.loads(assignment["prompt_json"]),
-        "warning": assignment["warning"],
+        "prompt": json.loads(item["prompt_json"]),
+        "warning": item["warning"],
         "answers": [
             {"text": responses[r]["text"], "cut": responses[r]["finish_reason"] in ("length", "stopped")} for r in order
         ],
@@ -170,17 +186,18 @@ def task_of(assignment: Row, answers: list[Row]) -> Row:
 
 
 def select_assignment(assignment_id: int) -> Statement:
-    """An assignment with what its answer depends on: columns of its item, and whether there is a draft."""
+    """An assignment with what its answer depends on; a row for each answer of its item, in canonical order."""
     return (
         "SELECT a.*, i.kind, i.is_gold, i.gold_json, i.target_labels, i.n_done, i.status,"
-        " EXISTS (SELECT 1 FROM draft d WHERE d.assignment_id = a.id) AS has_draft"
-        " FROM assignment a JOIN item i ON i.id = a.item_id WHERE a.id = ?",
+        " EXISTS (SELECT 1 FROM draft d WHERE d.assignment_id = a.id) AS has_draft,"
+        f" r.id AS response_id, r.text, {LAST_HASH}"
+        " FROM assignment a JOIN item i ON i.id = a.item_id JOIN response r ON r.item_id = i.id WHERE a.id = ? ORDER BY r.idx",
         (assignment_id,),
     )
 
 
 def check_own(rows: list[Row], account_id: int, assignment_id: int) -> Row:
-    """The row of `select_assignment`; RefusedError where there is none or where it is another annotator's."""
+    """The first row of `select_assignment`; RefusedError where there is none or where it is another annotator's."""
     if not rows:
         raise RefusedError(404, f"no assignment {assignment_id}")
     if rows[0]["account_id"] != account_id:
@@ -193,17 +210,12 @@ def record(run: Execute, now: float, account_id: int, assignment_id: int, reques
 
     A request id that is stored already gives its receipt and changes nothing.
     """
-    found, said, answers, last = run.together(
+    found, said = run.together(
         select_assignment(assignment_id),
         (
             "SELECT * FROM judgement WHERE request_id = ? OR (assignment_id = ? AND is_current = 1)",
             (request_id, assignment_id),
         ),
-        (
-            "SELECT r.id, r.text FROM response r JOIN assignment a ON a.item_id = r.item_id WHERE a.id = ? ORDER BY r.idx",
-            (assignment_id,),
-        ),
-        SELECT_LAST_EVENT,
     )
     assignment = check_own(found, account_id, assignment_id)
     if earlier := [row for row in said if row["request_id"] == request_id]:
@@ -212,7 +224,7 @@ def record(run: Execute, now: float, account_id: int, assignment_id: int, reques
         return receipt(earlier[0], repeated=True)
     if assignment["state"] == "withdrawn":
         raise RefusedError(409, "this label was withdrawn")
-    texts = {row["id"]: row["text"] for row in answers}
+    texts = {row["response_id"]: row["text"] for row in found}
     order = json.loads(assignment["order_json"])
     check_answer(answer, assignment["kind"], [texts[r] for r in order])
     stored = by_response(answer, order)
@@ -222,9 +234,9 @@ def record(run: Execute, now: float, account_id: int, assignment_id: int, reques
     if assignment["is_gold"] and answer.outcome in COUNTED:
         gold_pass = int(passes_gold(stored, json.loads(assignment["gold_json"]), list(texts)))
     event = stored | {"request_id": request_id, "order": order}
-    seq = run(*insert_event(last, now, account_id, "judgement", f"assignment/{assignment_id}", event))[0]["seq"]
+    previous = assignment["last_hash"] or ""
+    changes = [insert_event(previous, now, account_id, "judgement", f"assignment/{assignment_id}", event)]
     counted = answer.outcome in COUNTED
-    changes: list[Statement] = []
     if before:
         changes.append(("UPDATE judgement SET is_current = 0 WHERE id = ?", (before["id"],)))
     if assignment["has_draft"]:
@@ -235,7 +247,7 @@ def record(run: Execute, now: float, account_id: int, assignment_id: int, reques
         (
             "INSERT INTO judgement (assignment_id, revision, is_current, request_id, outcome, winner_id, strength,"
             " answer_json, gold_pass, late, elapsed_ms, active_ms, guideline_version, event_seq, created_at)"
-            " VALUES (?,?,1,?,?,?,?,?,?,?,?,?,?,?,?) RETURNING *",
+            " VALUES (?,?,1,?,?,?,?,?,?,?,?,?,?,(SELECT max(seq) FROM event),?) RETURNING *",
             (
                 assignment_id,
                 before["revision"] + 1 if before else 1,
@@ -249,40 +261,46 @@ def record(run: Execute, now: float, account_id: int, assignment_id: int, reques
                 answer.elapsed_ms,
                 answer.active_ms,
                 assignment["guideline_version"],
-                seq,
                 now,
             ),
         )
     )
-    *_, (row,) = run.together(*changes)
     if assignment["round"] == FIRST:
         counted_before = before is not None and before["outcome"] in COUNTED
         flagged, skipped = answer.outcome == "flag", answer.outcome == "skip"
-        count(run, assignment, counted - counted_before, flagged=flagged, skipped=skipped)
+        changes.append(update_count(run, assignment, counted - counted_before, flagged=flagged, skipped=skipped))
     elif assignment["round"] == REVIEW:
-        run("UPDATE item SET status = 'complete' WHERE id = ? AND is_gold = 0", (assignment["item_id"],))
-    if gold_pass is not None:
+        settled = "UPDATE item SET status = 'complete' WHERE id = ? AND is_gold = 0", (assignment["item_id"],)
+        changes.append(settled)
+    if gold_pass is None:
+        done = run.finish(*changes)
+    else:
+        done = run.together(*changes)
         check_gold_rate(run, now, account_id)
-    return receipt(row, repeated=False)
+    return receipt(next(rows[0] for rows in done if rows), repeated=False)  # only the judgement returns a row
 
 
-def count(run: Execute, assignment: Row, change: int, *, flagged: bool = False, skipped: bool = False) -> None:
-    """Keeps n_done and status of the item. A flag takes an item out until a reviewer looks; so do as many skips as labels."""
+def update_count(
+    run: Execute, assignment: Row, change: int, *, flagged: bool = False, skipped: bool = False
+) -> Statement:
+    """What keeps n_done and status of the item, run before the answer is stored.
+
+    A flag takes an item out until a reviewer looks; so do as many skips as labels, the one to be stored included.
+    """
     n_done = assignment["n_done"] + change
     status = assignment["status"]
     if assignment["is_gold"]:
         status = "flagged" if flagged else status  # gold never completes: everyone may get it
-    elif flagged or (
-        skipped and status == "open" and _skips(run, assignment["item_id"]) >= max(3, assignment["target_labels"])
-    ):
+    elif flagged or (skipped and status == "open" and _skips(run, assignment) >= max(3, assignment["target_labels"])):
         status = "flagged"
     elif status in ("open", "complete"):
         status = "complete" if n_done >= assignment["target_labels"] else "open"
-    run("UPDATE item SET n_done = ?, status = ? WHERE id = ?", (n_done, status, assignment["item_id"]))
+    return "UPDATE item SET n_done = ?, status = ? WHERE id = ?", (n_done, status, assignment["item_id"])
 
 
-def _skips(run: Execute, item_id: int) -> int:
-    return run("SELECT count(*) AS n FROM assignment WHERE item_id = ? AND state = 'skipped'", (item_id,))[0]["n"]
+def _skips(run: Execute, assignment: Row) -> int:
+    others = "SELECT count(*) AS n FROM assignment WHERE item_id = ? AND state = 'skipped' AND id <> ?"
+    return 1 + run(others, (assignment["item_id"], assignment["id"]))[0]["n"]
 
 
 def check_gold_rate(run: Execute, now: float, account_id: int) -> None:
@@ -318,7 +336,7 @@ def withdraw(run: Execute, assignment: Row) -> None:
     run("UPDATE assignment SET state = 'withdrawn' WHERE id = ?", (assignment["id"],))
     run("DELETE FROM draft WHERE assignment_id = ?", (assignment["id"],))
     if said and said[0]["outcome"] in COUNTED and assignment["round"] == FIRST:
-        count(run, assignment, -1)
+        run(*update_count(run, assignment, -1))
 
 
 def _split(said: list[Row]) -> str:

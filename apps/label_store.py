@@ -22,7 +22,7 @@ from apps.label_accounts import Account, account_of, check_password_rule, insert
 from apps.label_answers import Answer, RefusedError
 from apps.label_database import Database, Execute, Row
 from apps.label_items import (
-    SELECT_TERMS,
+    TERMS,
     LabelSettings,
     NewItem,
     content_hash,
@@ -33,7 +33,6 @@ from apps.label_items import (
     put_setting,
     read_settings,
     read_terms,
-    responses_of,
     settings_of,
     terms_of,
 )
@@ -85,12 +84,12 @@ class LabelStore:
     def guidelines(self) -> tuple[int, str]:
         """(version, Markdown text)."""
         with self.database.read() as run:
-            return read_terms(run)[1], get_setting(run, "guidelines") or ""
+            return read_terms(run).guideline_version, get_setting(run, "guidelines") or ""
 
     def change_guidelines(self, account_id: int | None, text: str) -> int:
         """Stores new guidelines; returns their version, which is kept with every label from now on."""
         with self.database.write() as run:
-            version, old = read_terms(run)[1], get_setting(run, "guidelines")
+            version, old = read_terms(run).guideline_version, get_setting(run, "guidelines")
             if text != old:
                 version += bool(old)
                 put_setting(run, "guidelines", text)
@@ -187,9 +186,9 @@ class LabelStore:
             item_id = insert_item(run, self.rng, self.clock(), item, read_settings(run))
             if item_id is None:
                 raise RefusedError(409, "this prompt with these answers is in the queue already; change the prompt")
-            answers, terms = responses_of(run, item_id), read_terms(run)
+            answers = run(*queue.select_item("?", (item_id,)))
             by_slot = [answers[index]["id"] for index in order]
-            return queue.lease(run, self.clock(), terms, account_id, item_id, queue.FIRST, by_slot, "arena", answers)
+            return queue.lease(run, self.clock(), read_terms(run), account_id, answers, queue.FIRST, by_slot, "arena")
 
     def add_thumb(self, account_id: int, item: NewItem, *, good: bool, request_id: str) -> Row:
         """Stores what the account thinks of one answer that it was given (`plumbline chat`); returns the receipt.
@@ -202,9 +201,11 @@ class LabelStore:
                 item_id = run("SELECT id FROM item WHERE content_hash = ?", (content_hash(item),))[0]["id"]
             own = "SELECT id FROM assignment WHERE item_id = ? AND account_id = ? AND round = 0"
             if not run(own, (item_id, account_id)):
-                queue.hand_out(run, self.rng, self.clock(), read_terms(run), account_id, item_id, queue.FIRST, "chat")
+                answers = run(*queue.select_item("?", (item_id,)))
+                queue.hand_out(run, self.rng, self.clock(), read_terms(run), account_id, answers, queue.FIRST, "chat")
+        answer = Answer(outcome="good" if good else "bad")
+        with self.database.write() as run:
             assignment = run(own, (item_id, account_id))[0]["id"]
-            answer = Answer(outcome="good" if good else "bad")
             return queue.record(run, self.clock(), account_id, assignment, request_id, answer)
 
     def set_priorities(self, priorities: dict[int, float], *, model: str, by: int | None = None) -> None:
@@ -238,32 +239,30 @@ class LabelStore:
         """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
         with self.database.write() as run:
             now = self.clock()
-            stored, (own,) = run.together(
-                SELECT_TERMS,
-                (
-                    "SELECT c.paused, a.id, a.item_id, a.round,"
-                    " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
-                    " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
-                    " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
-                    " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
-                    (now, now, queue.REVIEW, account_id),
-                ),
-            )
-            terms = settings, _ = terms_of(stored)
+            own = run(
+                f"SELECT {TERMS}, c.paused, a.id, a.item_id, a.round,"
+                " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
+                " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
+                " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
+                " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
+                (now, now, queue.REVIEW, account_id),
+            )[0]
+            terms = terms_of(own)
             if own["paused"]:
                 raise RefusedError(
                     403, "labelling is paused for this account until a reviewer has looked at its answers"
                 )
             if own["id"] is not None:
-                run("UPDATE assignment SET lease_until = ? WHERE id = ?", (now + settings.lease_seconds, own["id"]))
-                return queue.task(run, account_id, own["item_id"], own["round"])
+                until = now + terms.settings.lease_seconds
+                longer = "UPDATE assignment SET lease_until = ? WHERE id = ?", (until, own["id"])
+                _, (assignment,), answers = run.finish(
+                    longer, *queue.select_task(account_id, own["item_id"], own["round"])
+                )
+                return queue.task_of(assignment, answers)
             if own["some_ran_out"]:
                 run("UPDATE assignment SET state = 'expired' WHERE state = 'leased' AND lease_until <= ?", (now,))
-            chosen = queue.choose(run, self.rng, account_id, settings, has_gold=bool(own["has_gold"]))
-            if chosen is None:
-                return None
-            item_id, round_, reason = chosen
-            return queue.hand_out(run, self.rng, now, terms, account_id, item_id, round_, reason)
+            chosen = queue.choose(run, self.rng, account_id, terms.settings, has_gold=bool(own["has_gold"]))
+            return chosen and queue.hand_out(run, self.rng, now, terms, account_id, *chosen)
 
     def submit(self, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
         """Stores an answer once. The same request id again gives the first receipt; another answer is a revision.
@@ -309,7 +308,8 @@ class LabelStore:
             )
             if not rows:
                 raise RefusedError(404, "nothing to undo: no answer was sent yet")
-            return queue.task(run, account_id, rows[0]["item_id"], rows[0]["round"])
+            (assignment,), answers = run.together(*queue.select_task(account_id, rows[0]["item_id"], rows[0]["round"]))
+            return queue.task_of(assignment, answers)
 
     def withdraw(self, account_id: int, assignment_id: int) -> None:
         """Takes a label back for good: it leaves counts and exports, and the item goes to somebody else."""
@@ -324,7 +324,7 @@ class LabelStore:
             assignment = self._own(run, account_id, assignment_id)
             if assignment["state"] != "done" or assignment["served_reason"] != "arena":
                 raise RefusedError(403, "names are shown after the vote, for pairs of the arena")
-            models = {row["id"]: row["model"] for row in responses_of(run, assignment["item_id"])}
+            models = {row["id"]: row["model"] for row in run(*queue.select_item("?", (assignment["item_id"],)))}
             return [models[r] for r in json.loads(assignment["order_json"])]
 
     def progress(self, account_id: int) -> Row:
@@ -350,10 +350,11 @@ class LabelStore:
     def open_review(self, account_id: int, item_id: int) -> Row:
         """A task of the reviewer's own on this item; their answer settles it. Others' votes are not shown before."""
         with self.database.write() as run:
-            if not run("SELECT 1 FROM item WHERE id = ?", (item_id,)):
+            answers = run(*queue.select_item("?", (item_id,)))
+            if not answers:
                 raise RefusedError(404, f"no item {item_id}")
             terms = read_terms(run)
-            return queue.hand_out(run, self.rng, self.clock(), terms, account_id, item_id, queue.REVIEW, "review")
+            return queue.hand_out(run, self.rng, self.clock(), terms, account_id, answers, queue.REVIEW, "review")
 
     def events(self, after: int = 0, limit: int = 1000) -> list[Row]:
         """The audit trail from sequence number `after` on."""
