@@ -11,6 +11,7 @@ from typing import Any
 from apps.label_answers import RefusedError
 from apps.label_database import Execute, Row
 
+SIGN_IN_FIRST = "sign in first: POST /api/sign-in with name and password"
 ROLES = ("annotator", "reviewer", "admin")  # each may do what those before it may
 SESSION_DAYS = 14
 MIN_PASSWORD = 8
@@ -31,6 +32,24 @@ class Account:
     def may(self, role: str) -> bool:
         """Whether the account has this role or a higher one."""
         return ROLES.index(self.role) >= ROLES.index(role)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a cookie with a good signature says."""
+
+    account_id: int
+    token_version: int
+
+    def holds(self, rows: list[Row]) -> bool:
+        """Whether the account (its rows) is still open, and its sessions were not ended since."""
+        return bool(rows and rows[0]["active"] and rows[0]["token_version"] == self.token_version)
+
+
+def check_session(session: Session | None, rows: list[Row]) -> None:
+    """RefusedError(401) where a session no longer holds; None is for callers without one, which the API is not."""
+    if session is not None and not session.holds(rows):
+        raise RefusedError(401, SIGN_IN_FIRST)
 
 
 def account_of(row: Row) -> Account:
@@ -88,18 +107,15 @@ class Sessions:
         """The value of the cookie of a signed-in account."""
         return self._signer.dumps([account.id, account.token_version])
 
-    def read(self, cookie: str | None, find: Callable[[int], Account | None]) -> Account | None:
-        """The account of a cookie; None when it is missing, forged, expired, revoked or the account is closed."""
+    def read(self, cookie: str | None) -> Session | None:
+        """What a cookie says; None when it is missing, forged or expired."""
         from itsdangerous import BadData
 
         try:
             account_id, version = self._signer.loads(cookie or "", max_age=int(self.max_age))
         except (BadData, ValueError, TypeError):
             return None
-        account = find(account_id)
-        if account is None or not account.active or account.token_version != version:
-            return None
-        return account
+        return Session(account_id=account_id, token_version=version)
 
 
 class SignInBrake:

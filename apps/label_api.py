@@ -1,7 +1,7 @@
 """The REST API of the labelling app, and the app itself: sign-in, tasks, review, admin.
 
 Everything that changes a database goes through these handlers, also from the pages (label_app.py). Each asks for a signed
-session and a role before it reads its input, and the store checks that an assignment belongs to who sends it.
+session and a role before it acts on its input, and the store checks that an assignment belongs to who sends it.
 """
 
 import json
@@ -15,7 +15,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response, UploadFi
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, Field, StringConstraints
 
-from apps.label_accounts import SESSION_DAYS, Account, Sessions, SignInBrake
+from apps.label_accounts import SESSION_DAYS, SIGN_IN_FIRST, Account, Session, Sessions, SignInBrake
 from apps.label_answers import CRITERIA, FLAG_REASONS, SKIP_REASONS, SPAN_LABELS, STRENGTHS, Answer, RefusedError
 from apps.label_arena import Arena
 from apps.label_exchange import FORMATS, export_rows, read_items, starter_items
@@ -94,7 +94,12 @@ class LabelContext:
 
     def account_of(self, request: Request) -> Account | None:
         """Who is signed in."""
-        return self.sessions.read(request.cookies.get(COOKIE), self.store.account)
+        session = self.session_of(request)
+        return None if session is None else self.store.account_of(session)
+
+    def session_of(self, request: Request) -> Session | None:
+        """What the request's cookie says, where its signature is good; the account may be closed by now."""
+        return self.sessions.read(request.cookies.get(COOKIE))
 
 
 def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bool = False) -> FastAPI:
@@ -116,10 +121,16 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
     app = FastAPI(title="Plumbline labels", version="1", lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.label = context
 
-    def signed_in(request: Request) -> Account:
-        account = context.account_of(request)
+    async def signed(request: Request) -> Session:
+        session = context.session_of(request)
+        if session is None:
+            raise HTTPException(401, SIGN_IN_FIRST)
+        return session
+
+    def signed_in(session: Annotated[Session, Depends(signed)]) -> Account:
+        account = store.account_of(session)
         if account is None:
-            raise HTTPException(401, "sign in first: POST /api/sign-in with name and password")
+            raise HTTPException(401, SIGN_IN_FIRST)
         return account
 
     def at_least(role: str) -> Callable[[Account], Account]:
@@ -186,18 +197,19 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
         store.settings()
         return {"ok": True}
 
-    # Labelling. The two calls that every label makes answer with a response of their own: what is returned as data goes
-    # to another thread to be checked.
+    # Labelling. The two calls that every label makes go to one other thread, not three: the store checks the session in
+    # the transaction that acts, and what they return is a response, which nothing has to validate.
 
     @app.post("/api/claim", tags=["label"])
-    def claim(account: Annotator) -> JSONResponse:
+    def claim(session: Annotated[Session, Depends(signed)]) -> JSONResponse:
         """{"task": the next task or null, "progress": counts}. A live lease of one's own is given again."""
-        return JSONResponse({"task": store.claim(account.id), "progress": store.progress(account.id)})
+        task = store.claim(session.account_id, session)
+        return JSONResponse({"task": task, "progress": store.progress(session.account_id)})
 
     @app.post("/api/assignments/{assignment}/submit", tags=["label"])
-    def submit(assignment: Key, body: Submit, account: Annotator) -> JSONResponse:
+    def submit(assignment: Key, body: Submit, session: Annotated[Session, Depends(signed)]) -> JSONResponse:
         """Stores an answer once; another answer to the same assignment is a revision."""
-        return JSONResponse(store.submit(account.id, assignment, body.request_id, body.answer))
+        return JSONResponse(store.submit(session.account_id, assignment, body.request_id, body.answer, session))
 
     @app.post("/api/assignments/{assignment}/heartbeat", tags=["label"])
     def heartbeat(assignment: Key, account: Annotator) -> dict[str, float]:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from apps.label_accounts import Session, check_session
 from apps.label_answers import COUNTED, Answer, RefusedError, by_response, by_slot, check_answer, passes_gold
 from apps.label_database import Execute, Row, Statement
 from apps.label_items import LAST_HASH, LabelSettings, Terms, insert_event, log_event
@@ -205,18 +206,23 @@ def check_own(rows: list[Row], account_id: int, assignment_id: int) -> Row:
     return rows[0]
 
 
-def record(run: Execute, now: float, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
-    """Checks an answer, stores it as the next revision and moves lease, counts and status; returns the receipt.
+def record(
+    run: Execute, now: float, account_id: int, assignment_id: int, request_id: str, answer: Answer,
+    session: Session | None = None,
+) -> Row:  # fmt: skip
+    """Checks session and answer, stores it as the next revision and moves lease, counts and status; returns the receipt.
 
     A request id that is stored already gives its receipt and changes nothing.
     """
-    found, said = run.together(
+    account, found, said = run.together(
+        ("SELECT active, token_version FROM account WHERE id = ?", (account_id,)),
         select_assignment(assignment_id),
         (
             "SELECT * FROM judgement WHERE request_id = ? OR (assignment_id = ? AND is_current = 1)",
             (request_id, assignment_id),
         ),
     )
+    check_session(session, account)
     assignment = check_own(found, account_id, assignment_id)
     if earlier := [row for row in said if row["request_id"] == request_id]:
         if earlier[0]["assignment_id"] != assignment_id:

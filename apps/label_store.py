@@ -18,7 +18,15 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from apps import label_queue as queue
-from apps.label_accounts import Account, account_of, check_password_rule, insert_account, password_hasher
+from apps.label_accounts import (
+    Account,
+    Session,
+    account_of,
+    check_password_rule,
+    check_session,
+    insert_account,
+    password_hasher,
+)
 from apps.label_answers import Answer, RefusedError
 from apps.label_database import Database, Execute, Row
 from apps.label_items import (
@@ -119,10 +127,10 @@ class LabelStore:
             return None
         return account_of(rows[0]) if rows and rows[0]["active"] else None
 
-    def account(self, account_id: int) -> Account | None:
-        """The account with this id."""
-        rows = self.database.query("SELECT * FROM account WHERE id = ?", (account_id,))
-        return account_of(rows[0]) if rows else None
+    def account_of(self, session: Session) -> Account | None:
+        """Whose session it is; None where it has ended."""
+        rows = self.database.query("SELECT * FROM account WHERE id = ?", (session.account_id,))
+        return account_of(rows[0]) if session.holds(rows) else None
 
     def accounts(self) -> list[Account]:
         """All accounts, by name."""
@@ -235,19 +243,23 @@ class LabelStore:
 
     # The annotator's day
 
-    def claim(self, account_id: int) -> Row | None:
-        """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
+    def claim(self, account_id: int, session: Session | None = None) -> Row | None:
+        """The annotator's next task, or None when there is none for them. A live lease of theirs comes first.
+
+        session: RefusedError(401) where it has ended.
+        """
         with self.database.write() as run:
             now = self.clock()
-            own = run(
-                f"SELECT {TERMS}, c.paused, a.id, a.item_id, a.round,"
+            rows = run(
+                f"SELECT {TERMS}, c.paused, c.active, c.token_version, a.id, a.item_id, a.round,"
                 " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
                 " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
                 " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
                 " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
                 (now, now, queue.REVIEW, account_id),
-            )[0]
-            terms = terms_of(own)
+            )
+            check_session(session, rows)
+            own, terms = rows[0], terms_of(rows[0])
             if own["paused"]:
                 raise RefusedError(
                     403, "labelling is paused for this account until a reviewer has looked at its answers"
@@ -264,15 +276,17 @@ class LabelStore:
             chosen = queue.choose(run, self.rng, account_id, terms.settings, has_gold=bool(own["has_gold"]))
             return chosen and queue.hand_out(run, self.rng, now, terms, account_id, *chosen)
 
-    def submit(self, account_id: int, assignment_id: int, request_id: str, answer: Answer) -> Row:
+    def submit(
+        self, account_id: int, assignment_id: int, request_id: str, answer: Answer, session: Session | None = None
+    ) -> Row:
         """Stores an answer once. The same request id again gives the first receipt; another answer is a revision.
 
-        A lease that ran out is no reason to refuse: the answer is kept and marked late.
+        A lease that ran out is no reason to refuse: the answer is kept and marked late. session: see `claim`.
         """
         if not 8 <= len(request_id) <= 100 or not request_id.isascii() or not request_id.isprintable():
             raise RefusedError(422, "request_id: must be 8 to 100 printable ASCII characters")
         with self.database.write() as run:
-            return queue.record(run, self.clock(), account_id, _key(assignment_id), request_id, answer)
+            return queue.record(run, self.clock(), account_id, _key(assignment_id), request_id, answer, session)
 
     def heartbeat(self, account_id: int, assignment_id: int) -> float:
         """Extends a live lease; returns until when."""

@@ -105,6 +105,18 @@ def test_forged_expired_and_revoked_cookies_are_no_session(app, sign_in, store):
     assert client.get("/api/me").status_code == 401
 
 
+def test_a_session_that_ends_between_claim_and_submit_takes_its_label_with_it(sign_in, store):
+    ann = sign_in("ann")
+    task = ann.post("/api/claim").json()["task"]
+    account = next(account for account in store.accounts() if account.name == "ann")
+    store.change_account(account.id, password="another password")
+    before = store.events()
+    assert submit(ann, task).status_code == 401
+    assert ann.post("/api/claim").status_code == 401
+    assert ann.post("/api/claim").json()["detail"].startswith("sign in first")
+    assert store.events() == before
+
+
 def test_a_session_survives_a_restart(store, app, sign_in):
     cookie = sign_in("ann").cookies[COOKIE]
     again = TestClient(make_api(store))

@@ -271,7 +271,7 @@ def test_gold_comes_at_random_gaps_to_everyone_and_failing_it_pauses(store, make
             store.submit(ann.id, task["assignment"], f"request-{at}", answer)
     gaps = {after - before for before, after in zip(places, places[1:], strict=False)}
     assert len(places) == 15 and gaps <= {3, 4, 5} and len(gaps) > 1
-    assert store.account(ann.id).paused
+    assert next(one for one in store.accounts() if one.id == ann.id).paused
     assert rows(store, "SELECT count(*) AS n FROM judgement WHERE gold_pass = 0")[0]["n"] == 15
     assert store.claim(bob.id) is not None
     store.change_account(ann.id, paused=False)
