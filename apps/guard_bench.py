@@ -29,6 +29,7 @@ from safety.scanning import Scanning
 from safety.train_heads import auroc
 
 SECTIONS = ("harm", "attacks", "toxicity", "pii", "secrets", "obfuscations", "left_out", "hostile")
+WITHOUT_DATA = ("left_out", "hostile")  # sections that read no sets
 ATTACK = ("x_inj", "x_jbk", "x_spe", "x_exf")
 
 
@@ -456,7 +457,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="plumbline guard bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True, help="folder of sets as <set>/<file>.jsonl.gz")
+    parser.add_argument(
+        "--data", type=Path, help="folder of sets as <set>/<file>.jsonl.gz; hostile and left_out read none"
+    )
     parser.add_argument("--policy", default="default", help="a shipped policy or the path of a YAML file")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=SECTIONS, help="sections to run")
     parser.add_argument("--limit", type=int, default=400, help="rows a set, at most")
@@ -464,11 +467,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
     parser.add_argument("--out", type=Path, help="a Markdown page to put the tables into, such as docs/results.md")
     options = parser.parse_args(arguments)
-    if not options.data.is_dir():
+    if options.data is None and not set(options.only) <= set(WITHOUT_DATA):
+        raise ValueError(f"--data is missing: give a folder of sets, or --only {' '.join(WITHOUT_DATA)}")
+    if options.data is not None and not options.data.is_dir():
         raise ValueError(f"--data {options.data} is not a folder; it must hold <set>/<file>.jsonl.gz")
     if options.limit < 1 or options.hostile < 1:
         raise ValueError(f"--limit {options.limit} and --hostile {options.hostile} must be at least 1")
-    bench = Bench(options.data, options.policy, options.limit, options.seed)
+    bench = Bench(options.data or Path(), options.policy, options.limit, options.seed)
     for section in options.only:
         bench.run(section, options.hostile)
     if bench.missing:
@@ -478,7 +483,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         policy = f"{bench.figures['policy']} ({bench.figures['policy_sha256']})"
         for section, tables in bench.tables.items():
             count = f"--hostile {options.hostile}" if section == "hostile" else f"--limit {options.limit}"
-            command = f"plumbline guard bench --data DIR --policy {options.policy} --only {section} {count}"
+            data = "" if section in WITHOUT_DATA else "--data DIR "
+            command = f"plumbline guard bench {data}--policy {options.policy} --only {section} {count}"
             note = f"### Guard: {section.replace('_', ' ')}\n\nMade by `{command}`; policy {policy}."
             write(options.out, section, "\n\n".join([note, *tables]))
     print(

@@ -66,6 +66,15 @@ def test_bench_on_a_toy_folder(tmp_path, capsys):
     assert "kept above" in page.read_text() and "AdvBench | recall | 0.500 [0.095, 0.905]" in page.read_text()
 
 
+def test_only_sections_that_read_sets_ask_for_data(tmp_path, capsys):
+    with pytest.raises(ValueError, match="--data is missing: give a folder of sets, or --only left_out hostile"):
+        guard_bench.main(["--only", "hostile", "pii"])
+    page = tmp_path / "results.md"
+    guard_bench.main(["--policy", "rules_only", "--out", str(page), "--hostile", "5", "--only", "hostile"])
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["hostile"] == 5
+    assert "`plumbline guard bench --policy rules_only --only hostile --hostile 5`" in page.read_text()
+
+
 def test_writing_twice_replaces_the_tables_and_nothing_else(tmp_path):
     page = tmp_path / "r.md"
     write(page, "pii", "one")
