@@ -203,8 +203,7 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
     @app.post("/api/claim", tags=["label"])
     def claim(session: Annotated[Session, Depends(signed)]) -> JSONResponse:
         """{"task": the next task or null, "progress": counts}. A live lease of one's own is given again."""
-        task = store.claim(session.account_id, session)
-        return JSONResponse({"task": task, "progress": store.progress(session.account_id)})
+        return JSONResponse(store.next_task(session.account_id, session))
 
     @app.post("/api/assignments/{assignment}/submit", tags=["label"])
     def submit(assignment: Key, body: Submit, session: Annotated[Session, Depends(signed)]) -> JSONResponse:

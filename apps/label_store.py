@@ -46,6 +46,11 @@ from apps.label_items import (
 )
 
 MAX_DRAFT = 200_000  # characters
+# Columns for a SELECT FROM account c: labels of the account, and those closed after a time, the one place.
+OWN_COUNTS = (
+    "(SELECT count(*) FROM assignment b WHERE b.account_id = c.id AND b.state = 'done') AS done,"
+    " (SELECT count(*) FROM assignment b WHERE b.account_id = c.id AND b.state = 'done' AND b.closed_at > ?) AS hour"
+)
 QUEUE_COUNTS_AGE = 2.0  # seconds that counts of the whole queue are shown again before they are read anew
 
 
@@ -243,23 +248,26 @@ class LabelStore:
 
     # The annotator's day
 
-    def claim(self, account_id: int, session: Session | None = None) -> Row | None:
-        """The annotator's next task, or None when there is none for them. A live lease of theirs comes first.
+    def claim(self, account_id: int) -> Row | None:
+        """The annotator's next task, or None when there is none for them. A live lease of theirs comes first."""
+        return self.next_task(account_id)["task"]
 
-        session: RefusedError(401) where it has ended.
-        """
+    def next_task(self, account_id: int, session: Session | None = None) -> Row:
+        """{"task": see `claim`, "progress": see `progress`}. session: RefusedError(401) where it has ended."""
+        now = self.clock()
+        queue_counts = self._counts_of_queue(now)
         with self.database.write() as run:
-            now = self.clock()
             rows = run(
-                f"SELECT {TERMS}, c.paused, c.active, c.token_version, a.id, a.item_id, a.round,"
+                f"SELECT {TERMS}, {OWN_COUNTS}, c.paused, c.active, c.token_version, a.id, a.item_id, a.round,"
                 " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
                 " EXISTS (SELECT 1 FROM item WHERE status = 'open' AND is_gold = 1) AS has_gold"
                 " FROM account c LEFT JOIN assignment a ON a.account_id = c.id AND a.state = 'leased'"
                 " AND a.lease_until > ? AND a.round <> ? WHERE c.id = ? ORDER BY a.served_at LIMIT 1",
-                (now, now, queue.REVIEW, account_id),
+                (now - 3600, now, now, queue.REVIEW, account_id),
             )
             check_session(session, rows)
             own, terms = rows[0], terms_of(rows[0])
+            progress = {"done": own["done"], "hour": own["hour"]} | queue_counts
             if own["paused"]:
                 raise RefusedError(
                     403, "labelling is paused for this account until a reviewer has looked at its answers"
@@ -270,11 +278,12 @@ class LabelStore:
                 _, (assignment,), answers = run.finish(
                     longer, *queue.select_task(account_id, own["item_id"], own["round"])
                 )
-                return queue.task_of(assignment, answers)
+                return {"task": queue.task_of(assignment, answers), "progress": progress}
             if own["some_ran_out"]:
                 run("UPDATE assignment SET state = 'expired' WHERE state = 'leased' AND lease_until <= ?", (now,))
             chosen = queue.choose(run, self.rng, account_id, terms.settings, has_gold=bool(own["has_gold"]))
-            return chosen and queue.hand_out(run, self.rng, now, terms, account_id, *chosen)
+            task = chosen and queue.hand_out(run, self.rng, now, terms, account_id, *chosen)
+            return {"task": task, "progress": progress}
 
     def submit(
         self, account_id: int, assignment_id: int, request_id: str, answer: Answer, session: Session | None = None
@@ -344,15 +353,14 @@ class LabelStore:
     def progress(self, account_id: int) -> Row:
         """Counts for the page: own labels, own labels of the last hour, and the queue as of the last second or two."""
         now = self.clock()
+        own = self.database.query(f"SELECT {OWN_COUNTS} FROM account c WHERE c.id = ?", (now - 3600, account_id))[0]
+        return own | self._counts_of_queue(now)
+
+    def _counts_of_queue(self, now: float) -> Row:
         if not 0 <= now - self._queue_counts[0] < QUEUE_COUNTS_AGE:
             counts = "SELECT count(*) AS items, coalesce(sum(CASE WHEN status = 'complete' THEN 1 ELSE 0 END), 0) AS complete"
             self._queue_counts = now, self.database.query(f"{counts} FROM item WHERE is_gold = 0")[0]
-        own = self.database.query(
-            "SELECT count(*) AS done, coalesce(sum(CASE WHEN closed_at > ? THEN 1 ELSE 0 END), 0) AS hour FROM assignment"
-            " WHERE account_id = ? AND state = 'done'",
-            (now - 3600, account_id),
-        )[0]
-        return own | self._queue_counts[1]
+        return self._queue_counts[1]
 
     # Review and audit
 
