@@ -254,9 +254,9 @@ class LabelStore:
 
     def next_task(self, account_id: int, session: Session | None = None) -> Row:
         """{"task": see `claim`, "progress": see `progress`}. session: RefusedError(401) where it has ended."""
-        now = self.clock()
-        queue_counts = self._counts_of_queue(now)
+        queue_counts = self._counts_of_queue(self.clock())
         with self.database.write() as run:
+            now = self.clock()  # once it is our turn: the trail's times follow its order
             rows = run(
                 f"SELECT {TERMS}, {OWN_COUNTS}, c.paused, c.active, c.token_version, a.id, a.item_id, a.round,"
                 " EXISTS (SELECT 1 FROM assignment WHERE state = 'leased' AND lease_until <= ?) AS some_ran_out,"
