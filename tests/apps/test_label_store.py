@@ -506,6 +506,24 @@ def test_statements_sent_together_answer_in_order_and_one_that_fails_undoes_all(
     plain.change_settings(None, {"target_labels": 3})  # the connection still works
 
 
+def test_finish_commits_with_its_statements_or_undoes_all(plain):
+    put = "INSERT INTO setting (key, value) VALUES (?, ?)"
+    read = "SELECT value FROM setting WHERE key = ?"
+    with plain.database.write() as run:
+        run(put, ("a", "1"))
+        assert run.finish((put, ("b", "2")), (read, ("a",))) == [[], [{"value": "1"}]]
+        assert rows(plain, read, ("b",)) == [{"value": "2"}]  # on another connection, before the block ends
+    with pytest.raises(ZeroDivisionError), plain.database.write() as run:
+        run.finish((put, ("c", "3")))
+        _ = 1 / 0  # too late to undo anything
+    assert rows(plain, read, ("c",)) == [{"value": "3"}]
+    with pytest.raises(Exception, match="(?i)unique"), plain.database.write() as run:
+        run(put, ("d", "4"))
+        run.finish((put, ("e", "5")), (put, ("a", "again")))
+    assert not rows(plain, read, ("d",)) and not rows(plain, read, ("e",))
+    plain.change_settings(None, {"target_labels": 3})  # the connection still works
+
+
 def test_the_audit_trail_has_the_order_that_was_shown_when_a_lease_revives(plain, make_account, clock):
     plain.add_items([pair(1)])
     ann, shown = make_account("ann"), []
