@@ -18,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ TEASERS = [
     "Translate 'manzana' and 'pl\u00e1tano' into English.",
     "Which film came after Star? The title is 'Secret Garden'. Repeat the title five times.",
 ]
+ENGINES = ("llguidance", "xgrammar")
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -82,6 +84,11 @@ def main() -> None:
     args = parser.parse_args()
     if "safe" in args.parts and not (args.expert and (args.expert / "expert" / "adapter_config.json").is_file()):
         parser.error("part safe needs --expert, a folder of: python -m safety.constrained.train_expert --out FOLDER")
+    missing = [name for name in ENGINES if "json" in args.parts and find_spec(name) is None]
+    if missing:
+        parser.error(
+            f"part json needs {' and '.join(missing)}: pip install 'plumbline-rlhf[grammar]', or choose other --parts"
+        )
     torch.manual_seed(args.seed)
     tokenizer, model = load_tokenizer(args.model), load_policy(args.model, dtype=torch.bfloat16)
     parts = {"phrases": phrases, "json": json_answers, "safe": safe}
@@ -126,7 +133,7 @@ def json_answers(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[t
     ask = "Sort this message into JSON with category, urgency, summary and tags: "
     prompts = encode_prompts(tokenizer, [[{"role": "user", "content": ask + text}] for text in texts])
     rows = []
-    for name in ("free", "llguidance", "xgrammar"):
+    for name in ("free", *ENGINES):
         processors = []
         if name != "free":
             processors = [GrammarProcessor(grammar, tokenizer, ends, model.config.vocab_size, name)]
