@@ -20,7 +20,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -58,7 +58,7 @@ TEASERS = [
     "Translate 'manzana' and 'pl\u00e1tano' into English.",
     "Which film came after Star? The title is 'Secret Garden'. Repeat the title five times.",
 ]
-ENGINES = ("llguidance", "xgrammar")
+ENGINES: tuple[Literal["llguidance", "xgrammar"], ...] = ("llguidance", "xgrammar")
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -133,10 +133,10 @@ def json_answers(model: Any, tokenizer: Any, args: argparse.Namespace) -> list[t
     ask = "Sort this message into JSON with category, urgency, summary and tags: "
     prompts = encode_prompts(tokenizer, [[{"role": "user", "content": ask + text}] for text in texts])
     rows = []
-    for name in ("free", *ENGINES):
-        processors = []
-        if name != "free":
-            processors = [GrammarProcessor(grammar, tokenizer, ends, model.config.vocab_size, name)]
+    for engine in (None, *ENGINES):
+        name, processors = engine or "free", []
+        if engine:
+            processors = [GrammarProcessor(grammar, tokenizer, ends, model.config.vocab_size, engine)]
         started = time.process_time()
         answers, said = sample_with(model, tokenizer, prompts, processors, 128, args.seed)
         rows.append(
