@@ -311,7 +311,7 @@ class _PostgresExecute:
 
 
 def _in_transaction(connection: Any) -> bool:
-    return not connection.closed and connection.info.transaction_status != 0  # libpq's PQTRANS_IDLE
+    return not connection.closed and connection.info.transaction_status.name != "IDLE"
 
 
 def _rows(cursor: Any) -> list[Row]:

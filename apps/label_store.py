@@ -46,7 +46,7 @@ from apps.label_items import (
 )
 
 MAX_DRAFT = 200_000  # characters
-# Columns for a SELECT FROM account c: labels of the account, and those closed after a time, the one place.
+# Columns for a SELECT FROM account c: labels of the account, and those closed after a time, its one value.
 OWN_COUNTS = (
     "(SELECT count(*) FROM assignment b WHERE b.account_id = c.id AND b.state = 'done') AS done,"
     " (SELECT count(*) FROM assignment b WHERE b.account_id = c.id AND b.state = 'done' AND b.closed_at > ?) AS hour"
@@ -206,7 +206,8 @@ class LabelStore:
     def add_thumb(self, account_id: int, item: NewItem, *, good: bool, request_id: str) -> Row:
         """Stores what the account thinks of one answer that it was given (`plumbline chat`); returns the receipt.
 
-        Another thumb on the same answer is a revision, as of any other label.
+        Another thumb on the same answer is a revision, as of any other label. Two transactions: a lease that was left
+        without its answer in between is found by the next thumb.
         """
         with self.database.write() as run:
             item_id = insert_item(run, self.rng, self.clock(), item, read_settings(run))
@@ -290,7 +291,7 @@ class LabelStore:
     ) -> Row:
         """Stores an answer once. The same request id again gives the first receipt; another answer is a revision.
 
-        A lease that ran out is no reason to refuse: the answer is kept and marked late. session: see `claim`.
+        A lease that ran out is no reason to refuse: the answer is kept and marked late. session: see `next_task`.
         """
         if not 8 <= len(request_id) <= 100 or not request_id.isascii() or not request_id.isprintable():
             raise RefusedError(422, "request_id: must be 8 to 100 printable ASCII characters")

@@ -186,7 +186,9 @@ class MoEPolicyConfig(PreTrainedConfig):
         if len(set(self.moe_layers)) != len(self.moe_layers):
             raise ValueError(f"moe_layers={self.moe_layers!r} names a layer twice")
         if self.moe_layers[0] < 0 or self.moe_layers[-1] >= self.num_hidden_layers:
-            raise ValueError(f"moe_layers={self.moe_layers!r} must lie between 0 and the last layer, {self.num_hidden_layers - 1}")
+            raise ValueError(
+                f"moe_layers={self.moe_layers!r} must lie between 0 and the last layer, {self.num_hidden_layers - 1}"
+            )
         for name in ("router_aux_loss_coef", "router_z_loss_coef", "router_load_penalty_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns the loss off")
