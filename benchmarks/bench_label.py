@@ -6,14 +6,11 @@
 50 annotators label 5,000 assignments over HTTP. One submit in ten is sent twice at once, one claim in twenty is walked away
 from (its lease is then aged past its end), and the server is killed with SIGKILL twice and started again. Annotators think
 between labels; latencies are of calls that met a living server. `cpu_stolen` is the share of the cores' time that the host of a virtual
-machine took away meanwhile: a core of such a machine that sleeps for a moment, as all do between a question to the database and its
-answer, is lent to others, and waits to come back. --keep-awake lets a loop of the lowest priority run on every core, so that
-none of them sleeps; on a machine of one's own it changes nothing. The last line is JSON, also appended to results/label.csv.
+machine took away meanwhile. The last line is JSON, also appended to results/label.csv.
 """
 
 import argparse
 import json
-import os
 import random
 import signal
 import socket
@@ -22,9 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -246,19 +241,6 @@ def check(store: LabelStore, outcome: Outcome, *, items: int, overlap: int) -> d
     }
 
 
-@contextmanager
-def awake(cores: int) -> Iterator[None]:
-    """Keeps this many cores from sleeping, with loops that give way to whatever else wants to run (Linux's SCHED_IDLE)."""
-    loop = "import os\nos.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\nwhile True: pass"
-    loops = [subprocess.Popen([sys.executable, "-c", loop]) for _ in range(cores)]
-    try:
-        yield
-    finally:
-        for process in loops:
-            process.kill()
-            process.wait()
-
-
 def cpu_ticks() -> tuple[int, int]:
     """(taken away by the host, all) of every core since the machine started; zeros where Linux does not say."""
     try:
@@ -274,10 +256,7 @@ def main() -> int:
     parser.add_argument("--annotators", type=int, default=50)
     parser.add_argument("--items", type=int, default=2500)
     parser.add_argument("--think", type=float, nargs=2, default=(0.3, 1.1), help="seconds, uniform between the two")
-    parser.add_argument("--keep-awake", action="store_true", help="let no core of a virtual machine sleep (Linux)")
     args = parser.parse_args()
-    if args.keep_awake and not hasattr(os, "SCHED_IDLE"):
-        parser.error("--keep-awake needs Linux's SCHED_IDLE; leave it out here")
     if args.db:
         if not args.db.startswith("postgresql://"):
             parser.error(f"--db {args.db}: must be a postgresql:// URL; SQLite is measured without --db")
@@ -291,7 +270,7 @@ def main() -> int:
         if used:
             parser.error(f"--db {args.db} has {used} accounts: it must be empty; drop it and create it again")
     stolen_before, ticks_before = cpu_ticks()
-    with tempfile.TemporaryDirectory() as folder, awake((os.cpu_count() or 1) if args.keep_awake else 0):
+    with tempfile.TemporaryDirectory() as folder:
         db = args.db or str(Path(folder) / "labels.db")
         store, outcome = simulate(db, annotators=args.annotators, items=args.items, think=tuple(args.think))
         wrong = check(store, outcome, items=args.items, overlap=2)
@@ -305,7 +284,6 @@ def main() -> int:
         "doubles": outcome.doubles,
         "walked_away": outcome.walked_away,
         "kills": outcome.kills,
-        "kept_awake": args.keep_awake,
         "labels_per_s": round(len(outcome.accepted) / outcome.seconds, 1),
         "claim_submit_p50_ms": round(p50, 1),
         "claim_submit_p95_ms": round(p95, 1),
