@@ -37,6 +37,7 @@ def choose(
     place = 0 if rng.random() < 0.9 else rng.randrange(8)
     for control in (1, 0) if control_first else (0, 1):
         for at in (place, 0) if place else (0,):  # near the queue's end there may be no neighbour
+            # The offset stands in the text, where a plan for any values still knows it.
             best = (
                 "(SELECT o.id FROM item o WHERE o.status = 'open' AND o.is_gold = 0 AND o.is_control = ?"
                 " AND o.n_done + (SELECT count(*) FROM assignment a WHERE a.item_id = o.id AND a.state = 'leased'"
