@@ -24,7 +24,9 @@ _SMALL = triton.knobs.runtime.interpret
 TILE = {"BLOCK_M": 16 if _SMALL else 64, "BLOCK_N": 16 if _SMALL else 128, "BLOCK_K": 16 if _SMALL else 64}
 LAUNCH = {"num_warps": 8, "num_stages": 3}
 SPLITS = 2 if _SMALL else 8  # parts of the vocabulary that run at once
-CHUNK_ROWS = 512  # rows of bf16 gradients held in the backward: 50 MB at a vocabulary of 49,152
+# Rows of bf16 gradients held in the backward: 50 MB at a vocabulary of 49,152. Whole tiles, so that a row has its place in a
+# tile, and with it the rounding of its logits, from the forward.
+CHUNK_ROWS = 512
 
 
 @triton.jit
@@ -103,7 +105,8 @@ def logits_grad_kernel(
     h_ptr,
     w_ptr,
     id_ptr,
-    lse_ptr,
+    top_ptr,
+    log_sum_ptr,
     entropy_ptr,
     dlogp_ptr,
     dentropy_ptr,
@@ -116,13 +119,14 @@ def logits_grad_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Gradient of one tile of logits."""
+    """Gradient of one tile of logits. z - top is exact where p is near 1; z - (top + log_sum) would lose digits to a large top."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     z = _logits_tile(h_ptr, w_ptr, row, col, T, V, D, inverse_temperature, BLOCK_M, BLOCK_N, BLOCK_K)
     row_ok = row < T
     token = tl.load(id_ptr + row, mask=row_ok, other=-1)
-    logp = z - tl.load(lse_ptr + row, mask=row_ok, other=0.0)[:, None]
+    top = tl.load(top_ptr + row, mask=row_ok, other=0.0)[:, None]
+    logp = z - top - tl.load(log_sum_ptr + row, mask=row_ok, other=0.0)[:, None]
     p = tl.exp(logp)
     g = tl.load(dlogp_ptr + row, mask=row_ok, other=0.0)[:, None]
     h = tl.load(dentropy_ptr + row, mask=row_ok, other=0.0)[:, None]
@@ -134,37 +138,39 @@ def logits_grad_kernel(
 
 
 @torch.library.custom_op("plumbline::linear_logprob", mutates_args=())
-def _op(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability, entropy, logsumexp), each (T,) fp32."""
+def _op(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log-probability, entropy, largest logit, log sum e^(z - largest)), each (T,) fp32."""
     (num_tokens, width), vocab = hidden.shape, len(weight)
     parts = torch.empty(4, SPLITS, num_tokens, dtype=torch.float32, device=hidden.device)
     if num_tokens:
         logprob_kernel[(triton.cdiv(num_tokens, TILE["BLOCK_M"]), SPLITS)](
             *(hidden, weight, ids, *parts, num_tokens, vocab, width, 1 / temperature), SPLITS=SPLITS, **TILE, **LAUNCH
         )
-    top, total, weighted, own = parts
-    lse = (top + total.log()).logsumexp(0)
-    # sum of p (lse - z), part by part: differences of near numbers, where lse - sum of p z would lose digits
-    entropy = torch.where(total > 0, (top - lse).exp() * ((lse - top) * total - weighted), 0.0).sum(0)
-    return own.sum(0) - lse, entropy, lse
+    part_top, total, weighted, own = parts
+    top = part_top.amax(0)
+    lower = part_top - top
+    log_sum = (lower.exp() * total).sum(0).log()
+    # sum of p (log_sum - (z - top)), part by part: differences of near numbers, where sums over p z would lose digits
+    entropy = torch.where(total > 0, (lower - log_sum).exp() * ((log_sum - lower) * total - weighted), 0.0).sum(0)
+    return own.sum(0) - top - log_sum, entropy, top, log_sum
 
 
 @_op.register_fake
-def _(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    logp, entropy, lse = hidden.new_empty(3, len(hidden), dtype=torch.float32)
-    return logp.clone(), entropy.clone(), lse.clone()
+def _(hidden: Tensor, weight: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logp, entropy, top, log_sum = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(4))
+    return logp, entropy, top, log_sum
 
 
 @torch.library.custom_op("plumbline::linear_logprob_backward", mutates_args=())
 def _backward_op(
-    hidden: Tensor, weight: Tensor, ids: Tensor, lse: Tensor, entropy: Tensor,
+    hidden: Tensor, weight: Tensor, ids: Tensor, top: Tensor, log_sum: Tensor, entropy: Tensor,
     dlogp: Tensor, dentropy: Tensor, temperature: float, frozen: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden and weight; with `frozen` the latter is empty."""
     vocab, width = weight.shape
     dhidden = torch.empty_like(hidden)
     dweight = weight.new_zeros(0 if frozen else weight.shape, dtype=torch.float32)
-    per_row = (hidden, ids, lse, entropy, dlogp, dentropy)
+    per_row = (hidden, ids, top, log_sum, entropy, dlogp, dentropy)
     for start in range(0, len(hidden), CHUNK_ROWS):
         rows = tuple(part[start : start + CHUNK_ROWS] for part in per_row)
         chunk = rows[0]
@@ -181,7 +187,7 @@ def _backward_op(
 
 @_backward_op.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, ids: Tensor, lse: Tensor, entropy: Tensor,
+    hidden: Tensor, weight: Tensor, ids: Tensor, top: Tensor, log_sum: Tensor, entropy: Tensor,
     dlogp: Tensor, dentropy: Tensor, temperature: float, frozen: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return torch.empty_like(hidden), weight.new_empty(0 if frozen else weight.shape)
@@ -189,11 +195,11 @@ def _(
 
 def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     hidden, weight, ids, ctx.temperature = inputs
-    _, entropy, lse = output
-    ctx.save_for_backward(hidden, weight, ids, lse, entropy)
+    _, entropy, top, log_sum = output
+    ctx.save_for_backward(hidden, weight, ids, top, log_sum, entropy)
 
 
-def _backward(ctx: Any, dlogp: Tensor, dentropy: Tensor, _dlse: Tensor) -> tuple:
+def _backward(ctx: Any, dlogp: Tensor, dentropy: Tensor, _dtop: Tensor, _dlog_sum: Tensor) -> tuple:
     frozen = not ctx.needs_input_grad[1]
     grads = (dlogp.contiguous(), dentropy.contiguous())
     dhidden, dweight = _backward_op(*ctx.saved_tensors, *grads, ctx.temperature, frozen)
@@ -212,5 +218,5 @@ def linear_logprob(
     """
     if temperature <= 0:
         raise ValueError(f"{temperature=} must be positive")
-    logp_T, entropy_T, _ = _op(hidden_TD.contiguous(), weight_VD.contiguous(), ids_T, temperature)
+    logp_T, entropy_T, _, _ = _op(hidden_TD.contiguous(), weight_VD.contiguous(), ids_T, temperature)
     return logp_T, entropy_T

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from policy_models.kernels import grouped, logprob, router
 
 POINTERS = {"index_ptr": "*i64", "slot_ptr": "*i32", "ends_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "id_ptr": "*i64"}
-FLOATS = ("weight_ptr", "dweight_ptr", "max_ptr", "sum_ptr", "weighted_ptr", "own_ptr", "lse_ptr", "entropy_ptr",
+FLOATS = ("weight_ptr", "dweight_ptr", "max_ptr", "sum_ptr", "weighted_ptr", "own_ptr", "top_ptr", "log_sum_ptr", "entropy_ptr",
           "dlogp_ptr", "dentropy_ptr", "bias_ptr", "dweight_ptr")
 rows = {"BLOCK_M": grouped.TILE_ROWS, "BLOCK_E": 128}
 KERNELS = {

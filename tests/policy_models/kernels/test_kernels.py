@@ -182,18 +182,25 @@ def test_linear_logprob_and_every_gradient(tokens, vocab, temperature):
 
 
 def test_linear_logprob_over_several_chunks_and_far_logits(monkeypatch):
-    """A backward in chunks, and logits of hundreds, where exp would overflow."""
+    """A backward in chunks, and logits of hundreds, where exp would overflow and a logsumexp of them has no digits to spare.
+
+    Whole numbers, so that the logits are exact in any order of adding, and neighbours in pairs, so that softmax has a choice.
+    """
     monkeypatch.setattr("policy_models.kernels.logprob.CHUNK_ROWS", 4)
-    hidden, weight = tensor(10, WIDTH, scale=8.0), tensor(40, WIDTH, scale=8.0)
+    hidden, weight = (torch.randint(-16, 17, (rows, WIDTH), device=DEVICE).float() for rows in (10, 40))
+    weight[1::2] = weight[::2]
+    weight[1::2, 3] += 1
     ids = torch.arange(10, device=DEVICE)
-    grads = []
-    for function in (linear_logprob, reference.linear_logprob):
-        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        logp, entropy = function(*leaves, ids)
-        assert logp.isfinite().all() and entropy.isfinite().all()
-        grads.append((logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), leaves)))
-    for got, want in zip(*grads, strict=True):
-        close(got, want, atol=5e-4, rtol=1e-4)
+    leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logp, entropy = linear_logprob(*leaves, ids)
+    got = (logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), leaves))
+    leaves = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logp_TV = (leaves[0] @ leaves[1].T).log_softmax(-1)
+    logp, entropy = logp_TV[ids, ids], -(logp_TV.exp() * logp_TV).sum(-1)
+    assert logp_TV.min() < -500 and entropy.max() > 0.5
+    want = (logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), leaves))
+    for one, exact in zip(got, want, strict=True):
+        close(one.double(), exact, atol=4e-6, rtol=5e-7)
 
 
 @pytest.mark.parametrize("sigmoid", [False, True])
