@@ -27,13 +27,15 @@ def trainer_defaults() -> dict[str, Any]:
 
     No uploads, no checkpoints in the middle of a run of minutes, and no failure on a machine without a GPU.
     """
+    from policy_models.devices import default_device
+
     return {
         "report_to": "none",
         "save_strategy": "no",
         "logging_steps": 5,
         "lr_scheduler_type": "cosine",
         "dataloader_pin_memory": False,
-        "use_cpu": not torch.cuda.is_available(),
+        "use_cpu": default_device().type == "cpu",
         "bf16": pick_dtype("auto") == torch.bfloat16,
         "activation_checkpointing": False,
     }
@@ -122,19 +124,15 @@ def resolve_path(path: str) -> Path:
 
 
 def pick_dtype(name: str) -> torch.dtype:
-    """`auto` is bf16 where the hardware multiplies it (a GPU, or a CPU with AMX or AVX512-BF16), else fp32."""
+    """`auto` is bf16 where the device of this process multiplies it in hardware, else fp32."""
     if name == "auto":
-        fast = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else cpu_has_bf16()
-        return torch.bfloat16 if fast else torch.float32
+        from policy_models.devices import default_device, fast_dtype  # brings transformers: a report does without
+
+        return fast_dtype(default_device())
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in dtypes:
         raise ValueError(f"dtype={name!r}: must be 'auto', 'bfloat16', 'float16' or 'float32'")
     return dtypes[name]
-
-
-def cpu_has_bf16() -> bool:
-    """Whether bf16 matrix products run in hardware here."""
-    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
 def open_run(folder: str | Path, *settings: Any) -> Path:

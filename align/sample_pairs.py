@@ -29,6 +29,7 @@ from align.preferences import Messages, last_user_text, read_prompts
 from align.rollouts import drop_long_prompts
 from align.tracking import write_rows
 from policy_models.chat import encode_prompts, sample_answers
+from policy_models.devices import default_device
 from policy_models.loading import load_tokenizer, resolve_model_source
 from reward import CompositeReward
 
@@ -64,7 +65,8 @@ def sample_pairs(settings: PairSettings, *, reward: CompositeReward | None = Non
     prompts, ids = drop_long_prompts(prompts, encode_prompts(tokenizer, prompts), settings.max_prompt_tokens)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     rows = [row for row in order[: settings.pair_prompts] for _ in range(settings.answers_per_prompt)]
-    model = load_start(settings.model, dtype=pick_dtype(settings.dtype))
+    model: Any = load_start(settings.model, dtype=pick_dtype(settings.dtype))
+    model.to(default_device())
     _, answers = sample_answers(
         model,
         tokenizer,

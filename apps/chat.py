@@ -222,9 +222,11 @@ class LocalSpeaker:
         self._loaded: Any = None
 
     def _load(self) -> Any:
+        from policy_models.devices import default_device, fast_dtype
         from policy_models.loading import load_policy, load_tokenizer
 
-        model: Any = load_policy(self.source).eval()
+        device = default_device()
+        model: Any = load_policy(self.source, dtype=fast_dtype(device), device=device)
         if self.expert:
             from peft import PeftModel
 

@@ -47,6 +47,7 @@ from eval.compare import summarise
 from eval.report import render
 from eval.samples import read_samples
 from eval.transcripts import add_kl, transcribe
+from policy_models.devices import default_device
 from policy_models.loading import load_policy, load_tokenizer
 from reward import Scaling
 
@@ -110,7 +111,7 @@ def processes() -> int:
 
     At this size a second process nearly doubles the speed and a second thread adds next to nothing.
     """
-    return 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    return min(2, os.cpu_count() or 1) if default_device().type == "cpu" else 1
 
 
 def run_on_all_cores(stage: ModuleType, config: Path, **flags: str | Path | int) -> None:
@@ -224,7 +225,7 @@ def transcripts_of(out: Path, samples, seed: int) -> dict[str, list[dict[str, An
         print(f"    {name}: {len(rows)} answers in {time.perf_counter() - begun:.0f} s", flush=True)
         return rows
 
-    start = load_policy(str(out / "sft" / "model"), dtype=dtype)
+    start = load_policy(str(out / "sft" / "model"), dtype=dtype, device=default_device())
     transcripts = {"start": answers("start", start)}
     adapted = PeftModel.from_pretrained(start, str(out / "dpo" / "model"), adapter_name="dpo")
     adapted.load_adapter(str(out / "ppo" / "model"), adapter_name="ppo")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from align.launch import REPOSITORY, cpu_has_bf16
+from align.launch import REPOSITORY, pick_dtype
 from policy_models.loading import cache_folder
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "onnxruntime", "gguf")
@@ -42,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"python        {platform.python_version()} on {platform.machine()}")
     print(f"threads       {torch.get_num_threads()} of {os.cpu_count()} cores")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    print(f"devices       {', '.join(gpus) if gpus else 'CPU only'}; bf16 in hardware: {cpu_has_bf16() or bool(gpus)}")
+    print(
+        f"devices       {', '.join(gpus) if gpus else 'CPU only'}; bf16 in hardware: {pick_dtype('auto') == torch.bfloat16}"
+    )
     for name in _PACKAGES:
         version = _version(name)
         print(f"{name:<13} {version or 'missing'}")

@@ -24,6 +24,7 @@ from eval.runner import ReplyStore, grade_all, run_suites
 from eval.suites import SUITES, load_suites
 from eval.suites.public import LOADERS
 from eval.targets import EndpointTarget, Target, open_target
+from policy_models.devices import default_device
 
 
 def evaluate(
@@ -37,7 +38,7 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     dtype: str = "auto",
-    device: str = "cpu",
+    device: str | None = None,
     timeout_s: float = 60,
     cache: str | Path | None = None,
     judge: Target | str | None = None,
@@ -48,7 +49,8 @@ def evaluate(
 
     Targets are specs (see eval/targets.py) or objects with reply(), logp() and close(). `cache` keeps replies, so that
     several runs share them; it is out/cache if not given. `judge`, a target, grades the harm of every attack as well.
-    `earlier`, results of another run, adds what has changed since. Everything is checked before a model loads.
+    `earlier`, results of another run, adds what has changed since. `device` None is the GPU of this process, else the CPU.
+    Everything is checked before a model loads.
     """
     import torch
     from accelerate import PartialState
@@ -57,7 +59,11 @@ def evaluate(
     tasks = load_suites(suites, data=Path(data) if data else None, limit=limit)
     # PartialState alone does not look at the flag, and takes every process of a CPU run for the only one
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available())
-    options: dict[str, Any] = {"dtype": pick_dtype(dtype), "device": device, "timeout_s": timeout_s}
+    options: dict[str, Any] = {
+        "dtype": pick_dtype(dtype),
+        "device": device or str(default_device()),
+        "timeout_s": timeout_s,
+    }
     opened = [open_target(t, **options) if isinstance(t, str) else t for t in targets]
     names = [target.name for target in opened]
     if not opened or len(set(names)) < len(names):
@@ -108,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--seed", type=int, default=0)
     add("--dtype", default="auto", help="auto, bfloat16 or float32")
-    add("--device", default="cpu")
+    add("--device", help="such as cpu or cuda:1; the GPU of this process if there is one")
     add("--timeout", type=float, default=60, help="seconds a question to an endpoint")
     add("--judge", help="a target that grades the harm of answers to attacks: an endpoint or a model source")
     add("--cache", help="folder of replies shared by several runs (OUT/cache)")

@@ -140,6 +140,7 @@ def generated_items(
 
     from align.preferences import read_prompts
     from policy_models.chat import encode_prompts, sample_answers
+    from policy_models.devices import default_device, fast_dtype
     from policy_models.loading import load_policy, load_tokenizer, resolve_model_source
 
     if not 2 <= len(models) <= 6:
@@ -147,9 +148,10 @@ def generated_items(
     conversations = read_prompts(prompts)
     for model in models:
         resolve_model_source(model)  # all of them, before the first is loaded
+    device = default_device()
     by_model = []
     for model in models:
-        tokenizer, policy = load_tokenizer(model), load_policy(model)
+        tokenizer, policy = load_tokenizer(model), load_policy(model, dtype=fast_dtype(device), device=device)
         answers, texts = sample_answers(
             policy,
             tokenizer,

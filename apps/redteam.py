@@ -10,12 +10,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from align.launch import pick_dtype
 from eval.redteam import all_disguises, search
 from eval.suites.public import HARMFUL, harmful
 from eval.suites.starter import starter_samples
 from eval.targets import open_target
+from policy_models.devices import default_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.set != "starter" and (args.set not in HARMFUL or not args.data):
         raise ValueError(f"--set {args.set}: needs starter, or with --data one of {', '.join(HARMFUL)}")
     samples = starter_samples("harmful") if args.set == "starter" else list(harmful(args.set, Path(args.data)).samples)
-    dtype = pick_dtype(args.dtype)
-    target = open_target(args.target, dtype=dtype)
-    writer = open_target(args.writer, dtype=dtype) if args.writer else None
+    options: dict[str, Any] = {"dtype": pick_dtype(args.dtype), "device": str(default_device())}
+    target = open_target(args.target, **options)
+    writer = open_target(args.writer, **options) if args.writer else None
     found = search(
         target, samples[: args.behaviours], attempts=args.attempts, max_new_tokens=args.max_new_tokens, seed=args.seed,
         disguises=all_disguises(target, writer=writer, suffix_steps=args.suffix_steps),

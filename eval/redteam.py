@@ -170,26 +170,27 @@ def suffix_search(
     plain = [at for at in range(len(tokenizer)) if tokenizer.decode([at]).isascii() and tokenizer.decode([at]).isprintable()] \
         if len(tokenizer) < 2000 else None  # fmt: skip
     table = model.get_input_embeddings().weight
-    suffix = torch.tensor(tokenizer(" !" * length, add_special_tokens=False)["input_ids"][:length])
+    before_S, after_S = (torch.tensor(part, device=table.device) for part in (before, after + wanted))
+    suffix = torch.tensor(tokenizer(" !" * length, add_special_tokens=False)["input_ids"][:length], device=table.device)
 
     def loss(rows_BS: torch.Tensor) -> torch.Tensor:
-        fixed = [torch.tensor(part).expand(len(rows_BS), -1) for part in (before, after + wanted)]
+        fixed = [part_S.expand(len(rows_BS), -1) for part_S in (before_S, after_S)]
         logits = model(input_ids=torch.cat([fixed[0], rows_BS, fixed[1]], 1), use_cache=False).logits.float()
         return _begins(logits, wanted)
 
     best = float("inf")
     for _ in range(steps):
-        ids = torch.cat([torch.tensor(before), suffix, torch.tensor(after + wanted)])
+        ids = torch.cat([before_S, suffix, after_S])
         embedded = table.detach()[ids][None].clone().requires_grad_()
         value = _begins(model(inputs_embeds=embedded, use_cache=False).logits.float(), wanted)[0]
         (grad,) = torch.autograd.grad(value, embedded)
         here = slice(len(before), len(before) + len(suffix))
         gain_SV = -(grad[0, here] @ table.detach().T)  # first-order fall of the loss for each token at each place
         if plain is not None:
-            allowed = torch.full((gain_SV.shape[1],), -torch.inf)
+            allowed = torch.full((gain_SV.shape[1],), -torch.inf, device=gain_SV.device)
             allowed[plain] = 0
             gain_SV = gain_SV + allowed
-        top = gain_SV.topk(64, dim=1).indices
+        top = gain_SV.topk(64, dim=1).indices  # places and choices are drawn on the CPU, alike for every device
         rows = suffix.repeat(tried, 1)
         places = torch.randint(len(suffix), (tried,), generator=rng)
         rows[torch.arange(tried), places] = top[places, torch.randint(64, (tried,), generator=rng)]

@@ -135,11 +135,12 @@ def load_policy(
     source: str,
     *,
     dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
     experts_implementation: str | None = None,
     attn_implementation: str = "sdpa",
     quantise: str | None = None,
 ) -> PreTrainedModel:
-    """Any causal language model, dense or Mixture-of-Experts, on the CPU and in evaluation mode.
+    """Any causal language model, dense or Mixture-of-Experts, in evaluation mode.
 
     Args:
         dtype: of the weights. Train in float32 under autocast: in bfloat16, steps below 1/256 of a weight are lost.
@@ -151,6 +152,7 @@ def load_policy(
     options = _load_options(path, source, dtype, experts_implementation, attn_implementation)
     model = AutoModelForCausalLM.from_pretrained(path, **options)
     _check_options(model, options)
+    model.to(device)  # type: ignore[arg-type]
     return model if quantise is None else quantise_model(model, quantise)
 
 
@@ -158,6 +160,7 @@ def load_scalar_model(
     source: str,
     *,
     dtype: torch.dtype | str = torch.float32,
+    device: torch.device | str = "cpu",
     experts_implementation: str | None = None,
     attn_implementation: str = "sdpa",
     seed: int = 0,
@@ -193,7 +196,7 @@ def load_scalar_model(
         weight = torch.randn(model.score.weight.shape, generator=rng) * scalar_head_std(model.score.in_features)
         with torch.no_grad():
             model.score.weight.copy_(weight)
-    return model
+    return model.to(device)
 
 
 def model_summary(model: PreTrainedModel) -> str:

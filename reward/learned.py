@@ -27,6 +27,7 @@ class LearnedPreference:
 
     Args:
         model_path: a source that `policy_models.loading.load_scalar_model` takes; read only for what is not passed.
+            Such a model goes to the GPU if there is one.
         model, tokenizer: an already loaded pair, for instance adapters on weights shared with the policy.
         token_budget: padded tokens a forward pass.
 
@@ -48,9 +49,10 @@ class LearnedPreference:
         self.name, self.token_budget = name, token_budget
         self.mean, self.std = read_scaling(model_path)
         if model is None or tokenizer is None:
+            from policy_models.devices import default_device
             from policy_models.loading import load_scalar_model, load_tokenizer
 
-            model = model or load_scalar_model(str(model_path), dtype=dtype)
+            model = model or load_scalar_model(str(model_path), dtype=dtype, device=default_device())
             tokenizer = tokenizer or load_tokenizer(str(model_path))
         if model.config.num_labels != 1:
             raise ValueError(

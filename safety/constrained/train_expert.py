@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from policy_models.chat import encode_prompts, sample_answers
+from policy_models.devices import fast_dtype
 
 STARTER = Path(__file__).parents[2] / "data" / "starter"
 # As the bundled model itself declines: SafeDecoding takes only tokens that the base ranks high too. " cannot" stands at place 60 after "I".
@@ -77,6 +78,7 @@ def train_expert(
     """
     if steps < 1 or rows_per_step < 1 or not rows:
         raise ValueError(f"{steps=} and {rows_per_step=} must be at least 1, and there must be rows, not {len(rows)}")
+    fast = fast_dtype(model.device) == torch.bfloat16
     layers = model.config.num_hidden_layers
     lora = LoraConfig(
         r=rank,
@@ -98,7 +100,7 @@ def train_expert(
         chosen, order = order[:rows_per_step], order[rows_per_step:]
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
-        with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=fast):
             loss = _loss(peft, [encoded[row] for row in chosen], tokenizer.pad_token_id)
         if not torch.isfinite(loss):
             raise RuntimeError(f"the loss of step {step} is {loss.item()}; lower learning_rate={learning_rate}")
