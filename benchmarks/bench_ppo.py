@@ -1,6 +1,6 @@
 """Episodes a second of one PPO step: TRL 1.12's PPOTrainer (the last release that had one) against ours, in one run.
 
-Both train the bundled SmolLM2-135M in bf16 on the same 32 prompts of about 40 tokens, 48 new tokens each (no stop
+Both train the bundled SmolLM2-135M in bf16 (fp32 on a CPU that would emulate it) on the same 32 prompts of about 40 tokens, 48 new tokens each (no stop
 token, so that every answer has the full length), one epoch, one optimizer step, the same learning rate, a reward model
 of the same size. `same_models` holds four full-size models as TRL does; `shared_weights` holds one, with adapters on
 every linear layer as policy and as reward model, and the critic as a head on the reference.
@@ -32,6 +32,7 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import torch
 
+from align.launch import pick_dtype
 from benchmarks.records import append_dicts, commit, device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,6 +89,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompts-per-step", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
+    parser.add_argument("--dtype", default="auto", help="of both: auto (the CPU's fast type), bfloat16 or float32")
     parser.add_argument("--trl-micro-batch", type=int, default=8, help="rows of TRL's forwards and backwards")
     parser.add_argument("--tokens-per-micro-batch", type=int, default=1024, help="of ours")
     parser.add_argument("--lora-top-layers", type=int, default=None, help="shared_weights: adapters on the last n only")
@@ -116,7 +118,7 @@ def choose_prompts(count: int) -> list[dict]:
 def one_turn(name: str, prompts_file: Path, args: argparse.Namespace) -> dict:
     """Runs one provider in a process of its own and returns what it printed last."""
     python = args.peers_python if name == "trl" else sys.executable
-    options = ("steps", "new_tokens", "threads", "trl_micro_batch", "tokens_per_micro_batch", "lora_top_layers")
+    options = ("steps", "new_tokens", "threads", "dtype", "trl_micro_batch", "tokens_per_micro_batch", "lora_top_layers")
     command = [python, __file__, "--only", name, "--prompts", str(prompts_file)]
     for option in options:
         if getattr(args, option) is not None:
@@ -185,13 +187,13 @@ def trl_steps(prompts: list[dict], args: argparse.Namespace) -> dict:
 
     if trl.__version__ != "1.12.0":
         raise SystemExit(f"trl {trl.__version__} in this environment; `make bench-peers` installs 1.12.0")
-    dtype = torch.bfloat16
+    dtype = pick_dtype(args.dtype)
     models = [load_policy(MODEL, dtype=dtype) for _ in range(2)] + [load_scalar_model(MODEL, dtype=dtype) for _ in "vr"]
     rows = len(prompts)
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
             output_dir=folder,
-            bf16=True,
+            bf16=dtype == torch.bfloat16,
             use_cpu=True,
             report_to="none",
             learning_rate=LEARNING_RATE,
@@ -254,9 +256,11 @@ def same_models(prompts: list[dict], args: argparse.Namespace) -> dict:
     from policy_models.loading import load_scalar_model, load_tokenizer
     from reward.learned import LearnedPreference
 
-    reward_model = load_scalar_model(MODEL, dtype=torch.bfloat16)
+    dtype = pick_dtype(args.dtype)
+    reward_model = load_scalar_model(MODEL, dtype=dtype)
     component = LearnedPreference(model=reward_model, tokenizer=load_tokenizer(MODEL))
-    return our_steps(prompts, args, lambda _ppo: component, lora=False, weights="bfloat16", critic="own")
+    weights = "bfloat16" if dtype == torch.bfloat16 else "auto"  # trained in the type that TRL trains in
+    return our_steps(prompts, args, lambda _ppo: component, lora=False, weights=weights, critic="own")
 
 
 def shared_weights(prompts: list[dict], args: argparse.Namespace) -> dict:
@@ -267,7 +271,7 @@ def shared_weights(prompts: list[dict], args: argparse.Namespace) -> dict:
     from reward.learned import LearnedPreference
 
     with tempfile.TemporaryDirectory() as folder:  # an untrained reward adapter costs as much as a trained one
-        scalar = load_scalar_model(MODEL, dtype=torch.bfloat16)
+        scalar = load_scalar_model(MODEL, dtype=pick_dtype(args.dtype))
         peft = get_peft_model(scalar, LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS"))
         peft.save_pretrained(folder)
         del scalar, peft
@@ -303,7 +307,7 @@ def our_steps(prompts: list[dict], args: argparse.Namespace, component: Callable
         settings = PPOSettings(
             model=MODEL,
             output_dir=folder,
-            dtype="bfloat16",
+            dtype=args.dtype,
             steps=args.steps + 1,
             rollouts_per_step=len(prompts),
             minibatches=1,
@@ -337,7 +341,7 @@ def summary(name: str, turns: list[dict], prompt_tokens: int, args: argparse.Nam
         "device": device_name(),
         "threads": args.threads,
         "provider": name,
-        "shape": f"smollm2-135m b{episodes} n{args.new_tokens}"
+        "shape": f"smollm2-135m {str(pick_dtype(args.dtype)).removeprefix('torch.')} b{episodes} n{args.new_tokens}"
         + (f" top{args.lora_top_layers}" if args.lora_top_layers and name == "shared_weights" else ""),
         "s_per_step": round(seconds, 2),
         "cpu_s_per_step": round(median([s for turn in turns for s in turn["cpu_seconds"]]), 2),

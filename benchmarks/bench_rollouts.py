@@ -1,4 +1,4 @@
-"""Tokens a second of the rollout engine against transformers' `generate`, on the bundled model in bf16.
+"""Tokens a second of the rollout engine against transformers' `generate`, on the bundled model in bf16 (fp32 on a CPU that would emulate it).
 
 Both sample from the whole softmax at temperature 1, from the same prompts, without end tokens, so that every answer has
 the full length. They take turns, so that whatever else the machine does hits both alike. `transformers_top_k50` is what
@@ -25,6 +25,7 @@ if not __package__:  # launched by path, not imported: look from the repository 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from align.launch import pick_dtype
 from benchmarks.records import append_dicts, commit, device_name
 from policy_models.generation import Answer, generate
 from policy_models.loading import load_policy
@@ -38,7 +39,9 @@ def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    dense = without_end(load_policy(args.model, dtype=torch.bfloat16))
+    dtype = pick_dtype(args.dtype)
+    dense = without_end(load_policy(args.model, dtype=dtype))
+    name = f"smollm2-135m {str(dtype).removeprefix('torch.')}"
     result: dict[str, float] = {}
     rows = []
     for batch in args.batch_sizes:
@@ -51,7 +54,7 @@ def main() -> None:
         }
         if args.top_k:
             providers["transformers_top_k50"] = partial(transformers_generate, dense, prompts, args.new_tokens, 50)
-        rows += measure(providers, args, f"smollm2-135m b{batch} p{args.prompt_tokens} n{args.new_tokens}", batch)
+        rows += measure(providers, args, f"{name} b{batch} p{args.prompt_tokens} n{args.new_tokens}", batch)
         result[f"ratio_b{batch}"] = ratio(rows[-len(providers) :])
     if args.moe:
         batch = max(args.batch_sizes)
@@ -63,7 +66,7 @@ def main() -> None:
             "plumbline": ours,
             "transformers": partial(transformers_generate, moe, prompts, args.new_tokens, 0),
         }
-        shape = f"smollm2-135m-moe-e4k2-every3 b{batch} p{args.prompt_tokens} n{args.new_tokens}"
+        shape = f"{name} moe-e4k2-every3 b{batch} p{args.prompt_tokens} n{args.new_tokens}"
         rows += measure(providers, args, shape, batch)
         result[f"moe_ratio_b{batch}"] = ratio(rows[-len(providers) :])
     append_dicts(RESULTS, COLUMNS, rows)
@@ -77,6 +80,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3, help="turns of each provider at each batch size")
+    parser.add_argument("--dtype", default="auto", help="of the weights: auto, bfloat16 or float32")
     parser.add_argument("--threads", type=int, default=1, help="on shared cores more threads wait for each other")
     parser.add_argument("--moe", action=argparse.BooleanOptionalAction, default=True, help="the MoE policy too")
     parser.add_argument("--top-k", action=argparse.BooleanOptionalAction, default=False, help="generate's default too")
