@@ -118,7 +118,15 @@ def choose_prompts(count: int) -> list[dict]:
 def one_turn(name: str, prompts_file: Path, args: argparse.Namespace) -> dict:
     """Runs one provider in a process of its own and returns what it printed last."""
     python = args.peers_python if name == "trl" else sys.executable
-    options = ("steps", "new_tokens", "threads", "dtype", "trl_micro_batch", "tokens_per_micro_batch", "lora_top_layers")
+    options = (
+        "steps",
+        "new_tokens",
+        "threads",
+        "dtype",
+        "trl_micro_batch",
+        "tokens_per_micro_batch",
+        "lora_top_layers",
+    )
     command = [python, __file__, "--only", name, "--prompts", str(prompts_file)]
     for option in options:
         if getattr(args, option) is not None:

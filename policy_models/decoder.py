@@ -2,7 +2,7 @@
 
 What it does that `model.forward` with a growing cache does not:
 
-- q|k|v and gate|up are one GEMM each. On a CPU with bf16, weights are packed once into oneDNN's blocked layout, which
+- q|k|v and gate|up are one GEMM each. On an x86 CPU, weights are packed once into oneDNN's blocked layout, which
   a plain `F.linear` does anew at every call. LoRA stays beside the base weight, unmerged: merging a small delta into
   bf16 rounds it away.
 - Prompts of one length run as one block without padding, so that a prompt pays for its own tokens only.
@@ -17,6 +17,8 @@ T flat tokens, B rows, D width, V vocabulary, H query heads, G key/value heads, 
 cache, N rows that enter, E experts, K experts a token, R LoRA rank.
 """
 
+import math
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -43,7 +45,9 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # angles that do not depe
 _IDLE_HOOKS = ("output_capturing_hook", "make_inputs_require_grads", "_pre_forward", "_post_forward")
 _ATTENTION_PARTS = {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"}
 _PREFILL_TOKENS = 1024  # tokens of one prefill pass; more only pushes the activations out of the CPU's cache
-_PACK_ROWS = 64  # batch that the packed layout is chosen for; measured good from 1 to 1,024 rows
+_LAYOUT_ROWS = 64  # batch that the packed layout is chosen for
+# Rows to which packed weights are at least as fast as plain ones: bf16 on a Xeon with AMX, fp32 on an EPYC without.
+_PACKED_ROWS = {torch.bfloat16: math.inf, torch.float32: 128}
 
 
 class Decoder:
@@ -279,12 +283,13 @@ class _Linears:
                 [w.new_zeros(len(w)) if b is None else b.detach() for w, b in zip(weights, biases, strict=True)]
             ).to(dtype)
         self.packed = _pack(bases[0], weights, dtype) if _packing_pays(weights[0], dtype) else None
-        self.weights = [] if self.packed is not None else [weight.to(dtype) for weight in weights]
+        self.packed_rows = 0 if self.packed is None else _PACKED_ROWS[dtype]
+        self.weights = [] if self.packed_rows == math.inf else [weight.to(dtype) for weight in weights]
         self.lora = _stacked_lora(linears, dtype)
 
     def __call__(self, x_TD: Tensor, add: Tensor | None = None) -> Tensor:
         """All outputs (T, sum of widths), plus `add` if given."""
-        if self.packed is not None:
+        if self.packed is not None and len(x_TD) <= self.packed_rows:
             y = _packed_linear(x_TD, self.packed, self.bias, add)
         else:
             parts = [F.linear(x_TD, weight) for weight in self.weights]
@@ -388,10 +393,11 @@ _PACKED: WeakKeyDictionary[nn.Module, dict[Any, tuple[Any, Tensor]]] = WeakKeyDi
 def _packing_pays(weight: Tensor, dtype: torch.dtype) -> bool:
     return bool(
         weight.device.type == "cpu"
-        and dtype == torch.bfloat16
+        and dtype in _PACKED_ROWS
+        and platform.machine() in ("x86_64", "AMD64")
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and (dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 
@@ -407,7 +413,7 @@ def _pack(owner: nn.Module, weights: Sequence[Tensor], dtype: torch.dtype, slot:
 
 
 def _reorder(weight: Tensor) -> Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_ROWS)
+    return torch.ops.mkldnn._reorder_linear_weight(weight, _LAYOUT_ROWS)
 
 
 def _fingerprint(weight: Tensor) -> tuple[Any, ...]:

@@ -395,20 +395,38 @@ def test_changed_weights_are_seen(change, dtype):
     assert after == draw(fresh, prompts, dtype=dtype)
 
 
-def test_unchanged_weights_are_packed_once(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unchanged_weights_are_packed_once(monkeypatch, dtype):
     model, prompts = llama(), prompts_of(4)
-    if not decoder_module._packing_pays(model.lm_head.weight, torch.bfloat16):
-        pytest.skip("this CPU has no bf16 units: nothing is packed")
+    if not decoder_module._packing_pays(model.lm_head.weight, dtype):
+        pytest.skip(f"this CPU has no units for {dtype}: nothing is packed")
     packed = []
     reorder = decoder_module._reorder
     monkeypatch.setattr(decoder_module, "_reorder", lambda weight: packed.append(weight.shape) or reorder(weight))
-    draw(model, prompts, dtype=torch.bfloat16)
+    draw(model, prompts, dtype=dtype)
     assert len(packed) == 3 * 4 + 1
-    draw(model, prompts, dtype=torch.bfloat16)
+    draw(model, prompts, dtype=dtype)
     assert len(packed) == 3 * 4 + 1
     change_one_element(model)
-    draw(model, prompts, dtype=torch.bfloat16)
+    draw(model, prompts, dtype=dtype)
     assert packed[3 * 4 + 1 :] == [(96, 32)]
+
+
+def test_fp32_of_many_rows_is_multiplied_by_the_plain_weights(model, monkeypatch):
+    if not decoder_module._packing_pays(model.lm_head.weight, torch.float32):
+        pytest.skip("no oneDNN on this CPU: nothing is packed")
+    rows = []
+    packed_linear = decoder_module._packed_linear
+    monkeypatch.setattr(decoder_module, "_PACKED_ROWS", {torch.float32: 4})
+    monkeypatch.setattr(
+        decoder_module, "_packed_linear", lambda x_TD, *rest: rows.append(len(x_TD)) or packed_linear(x_TD, *rest)
+    )
+    prompts = prompts_of(7, 7, 7)
+    answers = draw(model, prompts, temperature=0.0, stop_ids=NEVER)
+    assert [a.ids for a in answers] == greedy_by_transformers(model, prompts, 20, NEVER)
+    assert_logp(model, prompts, answers)
+    prefill = 3 * 7
+    assert 3 in rows and prefill not in rows
 
 
 # --- what the fast path leaves to `forward`
