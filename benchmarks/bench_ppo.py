@@ -1,9 +1,10 @@
 """Episodes a second of one PPO step: TRL 1.12's PPOTrainer (the last release that had one) against ours, in one run.
 
-Both train the bundled SmolLM2-135M in bf16 (fp32 on a CPU that would emulate it) on the same 32 prompts of about 40 tokens, 48 new tokens each (no stop
-token, so that every answer has the full length), one epoch, one optimizer step, the same learning rate, a reward model
-of the same size. `same_models` holds four full-size models as TRL does; `shared_weights` holds one, with adapters on
-every linear layer as policy and as reward model, and the critic as a head on the reference.
+Both train the bundled SmolLM2-135M in bf16 (fp32 on a CPU that would emulate it) on the same 32 prompts of about 40
+tokens, 48 new tokens each (no stop token, so that every answer has the full length), one epoch, one optimizer step, the
+same learning rate, a reward model of the same size. `same_models` holds four full-size models as TRL does;
+`shared_weights` holds one, with adapters on every linear layer as policy and as reward model, and the critic as a head
+on the reference.
 
 Every turn is a process of its own, so that the peak of its memory is its own: warm-up, then `--steps` steps. Providers
 take turns, so that whatever else the machine does hits all alike.

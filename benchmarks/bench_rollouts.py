@@ -1,9 +1,9 @@
-"""Tokens a second of the rollout engine against transformers' `generate`, on the bundled model in bf16 (fp32 on a CPU that would emulate it).
+"""Tokens a second of the rollout engine against transformers' `generate`, on the bundled model.
 
-Both sample from the whole softmax at temperature 1, from the same prompts, without end tokens, so that every answer has
-the full length. They take turns, so that whatever else the machine does hits both alike. `transformers_top_k50` is what
-`generate` does by default. Before the clock starts, the log-probabilities that came with the drawn tokens are compared
-with those of one forward pass over prompt and answer.
+Both compute in bf16 (fp32 on a CPU that would emulate it) and sample from the whole softmax at temperature 1, from the
+same prompts, without end tokens, so that every answer has the full length. They take turns, so that whatever else the
+machine does hits both alike. `transformers_top_k50` is what `generate` does by default. Before the clock starts, the
+log-probabilities that came with the drawn tokens are compared with those of one forward pass over prompt and answer.
 
     python benchmarks/bench_rollouts.py --repeats 5
 
