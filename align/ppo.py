@@ -48,13 +48,14 @@ from align.ppo_evaluation import evaluate, fit_scaling
 from align.ppo_inputs import build_reward, check_sharding, read_prompt_files
 from align.ppo_settings import PPOSettings
 from align.preferences import Messages
+from align.rollout_server import RolloutServer
 from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
 from align.sharding import asks_for_shards, mesh_of, whole
 from align.signals import over_ranks, signals
 from align.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from align.watch import Grader, rollout_watch
 from eval.gate_run import gate_suites, run_gates
-from policy_models.chat import encode_prompts, sample_answers
+from policy_models.chat import encode_prompts, sample_answers, stop_ids
 from policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
 from policy_models.memory import tune_cpu_memory
@@ -80,6 +81,8 @@ class PPO:
                 f"processes x {settings.answers_per_prompt} answers per prompt; make it a multiple of their product"
             )
         prompts, eval_prompts = read_prompt_files(settings)
+        url = settings.rollout_server
+        self.server = RolloutServer(url, accelerator, adapters=run / "rollout_adapters") if url else None
         set_seed(settings.seed)
         self.dtype = pick_dtype(settings.dtype)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.model)
@@ -136,6 +139,8 @@ class PPO:
         """One rollout and its updates, steps 1 to 7 but for evaluation and checkpoint; returns the row for the log."""
         batch, scored = self.rollout(self.prompts_of_step(step), metrics)
         keep, advantage, returns, measured = self.advantages(batch, scored)
+        if self.server is not None:
+            self.server.check(measured["rollout/logp_mismatch"])
         row = statistics(over_ranks(scored, self.accelerator)) | measured
         row |= self.expert_metrics(batch) | {"kl_coef": self.kl.coef}
         row |= rollout_watch(scored.total, batch.answers, batch.answer_lengths())
@@ -171,15 +176,17 @@ class PPO:
 
     def sample(self, ids: list[list[int]], generator: torch.Generator, *, reference: bool = False):
         """Answers of the policy, or of the reference, as tokens and texts."""
+        asked: dict[str, Any] = {
+            "max_new_tokens": self.settings.max_new_tokens,
+            "temperature": self.settings.temperature,
+            "generator": generator,
+        }
+        if self.server is not None:
+            served = self.server.base if reference else self.server.hand_over(self.actors.save_policy)
+            answers = self.server.generate(served, ids, stop_ids=stop_ids(self.actors.lm, self.tokenizer), **asked)
+            return answers, self.tokenizer.batch_decode([a.ids for a in answers], skip_special_tokens=True)
         with self.actors.reference() if reference else self.actors.policy() as model, whole(model):
-            return sample_answers(
-                model,
-                self.tokenizer,
-                ids,
-                max_new_tokens=self.settings.max_new_tokens,
-                temperature=self.settings.temperature,
-                generator=generator,
-            )
+            return sample_answers(model, self.tokenizer, ids, **asked)
 
     def rollout(self, rows: list[int], metrics: Metrics) -> tuple[RolloutBatch, Reward]:
         """Steps 2 to 4 for the given prompts."""

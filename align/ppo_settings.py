@@ -65,6 +65,10 @@ class PPOSettings(ModelSettings):
         default="forward",
         metadata={"help": "forward: by the training forward; rollout: as drawn, which saves a forward of the policy"},
     )
+    rollout_server: str | None = field(
+        default=None,
+        metadata={"help": "URL of a vLLM server that draws the answers, for LoRA (align/rollout_server.py)"},
+    )
     optimizer: str = field(default="adamw", metadata={"help": "adamw, or adamw_8bit of bitsandbytes (extra: quant)"})
     policy_lr: float = field(default=2e-4, metadata={"help": "AdamW, linear to 0 over the run"})
     critic_lr: float = field(default=5e-4, metadata={"help": "the same for the critic"})
@@ -185,6 +189,15 @@ class PPOSettings(ModelSettings):
             )
         if self.old_logp not in ("forward", "rollout"):
             raise ValueError(f"old_logp={self.old_logp!r}: must be forward or rollout")
+        if self.rollout_server and not self.lora:
+            raise ValueError(
+                f"rollout_server={self.rollout_server!r} with lora=false: a server is handed adapters; set lora: true"
+            )
+        if self.rollout_server and self.old_logp == "rollout":
+            raise ValueError(
+                f"rollout_server={self.rollout_server!r} with old_logp='rollout': a server's log-probabilities are not "
+                "those of the training forward; set old_logp: forward"
+            )
         if self.kl_in not in ("reward", "loss"):
             raise ValueError(f"kl_in={self.kl_in!r}: must be reward or loss")
         if self.optimizer not in OPTIMIZERS:
