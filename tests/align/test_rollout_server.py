@@ -122,7 +122,9 @@ def test_ppo_trains_on_the_answers_of_a_server_that_always_has_the_newest_policy
     assert server.adapters == server.loads[-1:] and len(list((run / "rollout_adapters").iterdir())) == 1
     drawn = [body for path, body in server.asked if path == "/v1/completions"]
     assert [body["model"] for body in drawn[: made.scaling_prompts]] == ["base"] * made.scaling_prompts
-    assert len({body["seed"] for body in drawn if body["model"] == server.loads[1]}) == made.rollouts_per_step
+    seeds = [{body["seed"] for body in drawn if body["model"] == name} for name in server.loads]
+    assert seeds[0] == seeds[2] == seeds[4] == seeds[6], "evaluations draw alike"
+    assert len(seeds[1] | seeds[3] | seeds[5]) == 3 * made.rollouts_per_step
 
 
 def test_a_resumed_run_asks_for_the_same_answers(settings, share, read_metrics, tmp_path):
