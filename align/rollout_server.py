@@ -52,9 +52,9 @@ class RolloutServer:
         try:
             served = self._ask("/v1/models")["data"]
             self.base = str(next(model["id"] for model in served if not model.get("parent")))
-        except (OSError, ValueError, KeyError, TypeError, StopIteration, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, StopIteration, RuntimeError) as error:
             raise ValueError(
-                f"rollout_server={url!r}: no vLLM server answers there ({error}); start one as align/rollout_server.py "
+                f"rollout_server={url!r}: no vLLM server answers there ({error.__cause__ or error}); start one as align/rollout_server.py "
                 "says, or leave the setting out"
             ) from None
 
@@ -134,5 +134,10 @@ class RolloutServer:
                 text = answer.read().decode()
         except urllib.error.HTTPError as problem:
             said = problem.read().decode(errors="replace")[:300]
-            raise RuntimeError(f"rollout_server={self.url!r}: {path} gave HTTP {problem.code}: {said}") from None
+            raise RuntimeError(f"rollout_server={self.url!r}: {path} gave HTTP {problem.code}: {said}") from problem
+        except OSError as problem:  # refused, reset, timed out
+            raise RuntimeError(
+                f"rollout_server={self.url!r}: {path} got no answer ({problem}); see to the server, then go on from the last "
+                "checkpoint with --resume true"
+            ) from problem
         return json.loads(text) if text.startswith(("{", "[")) else text

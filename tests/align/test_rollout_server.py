@@ -178,6 +178,15 @@ def test_what_the_server_says_of_a_refusal_is_passed_on(settings, share, monkeyp
         train(made, reward=CompositeReward([(share(), 1.0)]))
 
 
+def test_a_server_that_goes_away_is_named_with_the_way_on(settings, share, monkeypatch):
+    made = settings("llama")
+    server = Server(made.model)
+    with serving(server) as url, pytest.raises(RuntimeError, match=r"/v1/completions got no answer .*--resume true"):
+        monkeypatch.setattr(server, "complete", lambda _: (_ for _ in ()).throw(ConnectionError("gone")))
+        made.rollout_server = url
+        train(made, reward=CompositeReward([(share(), 1.0)]))
+
+
 @pytest.mark.parametrize(
     ("options", "said"), [({"lora": False}, "set lora: true"), ({"old_logp": "rollout"}, "set old_logp: forward")]
 )
