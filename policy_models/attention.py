@@ -15,6 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from .devices import default_device
+
 PACKED = "packed"
 _MAX_SCORES = 512 * 512  # S * L above which the score matrix costs more than the fused kernel
 
@@ -59,7 +61,7 @@ def packed_attention(
 
 def default_attention() -> str:
     """`packed` where training runs on the CPU, torch's attention on a GPU."""
-    return "sdpa" if torch.cuda.is_available() else PACKED
+    return PACKED if default_device().type == "cpu" else "sdpa"
 
 
 AttentionInterface.register(PACKED, packed_attention)

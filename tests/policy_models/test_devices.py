@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from align.launch import pick_dtype, trainer_defaults
+from policy_models.attention import PACKED, default_attention
 from policy_models.devices import default_device, fast_dtype
 
 
@@ -35,7 +36,9 @@ def test_accelerates_flag_keeps_everything_on_the_cpu(machine):
     machine(gpu=True, gpu_bf16=True, use_cpu=True)
     assert default_device() == torch.device("cpu")
     assert pick_dtype("auto") == torch.float32, "the type of the device that is used, not of the one that is there"
-    assert trainer_defaults()["use_cpu"]
+    assert trainer_defaults()["use_cpu"] and default_attention() == PACKED
+    machine(gpu=True)
+    assert not trainer_defaults()["use_cpu"] and default_attention() == "sdpa"
 
 
 @pytest.mark.parametrize("flag", ["amx", "avx512_bf16"])
