@@ -1,6 +1,7 @@
 """The console script `plumbline`: one subcommand a thing people do. `plumbline COMMAND --help` lists its settings."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -55,10 +56,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command = importlib.import_module(COMMANDS[argv[0]][0])
     try:
-        return command.main(argv[1:]) or 0
+        status = command.main(argv[1:]) or 0
+        sys.stdout.flush()
+        return status
     except ValueError as error:
         print(f"plumbline {argv[0]}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not _stdout_is_closed():
+            raise
+        return 141  # `| head` has read enough; 128 + SIGPIPE is what a shell says of any program that this happens to
+
+
+def _stdout_is_closed() -> bool:
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return True
+    return False
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The console script as a user meets it: commands, errors, and the whole loop at toy size."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -23,6 +25,23 @@ def test_bad_input_is_one_line_and_status_2(capsys):
     assert cli.main(["ppo", "--stepz", "3"]) == 2
     printed = capsys.readouterr().err
     assert "--stepz" in printed and "steps" in printed and "Traceback" not in printed
+
+
+def test_a_reader_that_stops_reading_ends_the_command_quietly():
+    command = [sys.executable, "-c", "import sys; from apps.cli import main; sys.exit(main(['doctor']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        run.stdout.close()
+        said = run.stderr.read()
+    assert run.returncode == 141 and "BrokenPipe" not in said and "Traceback" not in said
+
+
+def test_another_broken_pipe_is_an_error(monkeypatch):
+    def gone(_):
+        raise BrokenPipeError("the database went away")
+
+    monkeypatch.setattr(doctor, "main", gone)
+    with pytest.raises(BrokenPipeError, match="database"):
+        cli.main(["doctor"])
 
 
 def test_report_of_a_folder_that_is_not_there(capsys, tmp_path):
