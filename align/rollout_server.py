@@ -28,7 +28,7 @@ from accelerate.utils import broadcast_object_list
 
 from policy_models.generation import Answer
 
-# Mean difference of log-probabilities, in nats a token, that no choice of type explains (bf16 against fp32: 0.01 to 0.05).
+# Mean difference of log-probabilities, in nats a token, above which the server is taken to serve something else.
 MAX_MISMATCH = 0.3
 _AT_ONCE = 256  # requests under way: the server batches what it has
 
@@ -39,6 +39,7 @@ class RolloutServer:
     Args:
         url: as in http://host:8000. `OPENAI_API_KEY`, if set, goes along.
         adapters: folder for the adapters that are handed over; only the newest stays there.
+        timeout_s: of one request.
 
     Raises:
         ValueError: when nothing that speaks the protocol answers at `url`.
@@ -92,7 +93,7 @@ class RolloutServer:
         """One answer a prompt, in their order, as `policy_models.generation.generate` gives them, from what is served as `model`.
 
         Each request has a seed of its own, drawn from `generator`; what a server makes of it may depend on what else it
-        has in its batch.
+        has in its batch. RuntimeError when the server refuses, goes away, or answers something that is no answer.
         """
         seeds = torch.randint(2**31 - 1, (len(prompts),), generator=generator, device=generator.device).tolist()
         # All that a model's generation_config.json might change is said here.

@@ -222,11 +222,9 @@ class LocalSpeaker:
         self._loaded: Any = None
 
     def _load(self) -> Any:
-        from policy_models.devices import default_device, fast_dtype
-        from policy_models.loading import load_policy, load_tokenizer
+        from policy_models.loading import load_for_answers, load_tokenizer
 
-        device = default_device()
-        model: Any = load_policy(self.source, dtype=fast_dtype(device), device=device)
+        model: Any = load_for_answers(self.source)
         if self.expert:
             from peft import PeftModel
 

@@ -48,7 +48,7 @@ from eval.report import render
 from eval.samples import read_samples
 from eval.transcripts import add_kl, transcribe
 from policy_models.devices import default_device
-from policy_models.loading import load_policy, load_tokenizer
+from policy_models.loading import load_for_answers, load_tokenizer
 from reward import Scaling
 
 CONFIGS = REPOSITORY / "configs"
@@ -225,7 +225,7 @@ def transcripts_of(out: Path, samples, seed: int) -> dict[str, list[dict[str, An
         print(f"    {name}: {len(rows)} answers in {time.perf_counter() - begun:.0f} s", flush=True)
         return rows
 
-    start = load_policy(str(out / "sft" / "model"), dtype=dtype, device=default_device())
+    start = load_for_answers(str(out / "sft" / "model"), dtype=dtype)
     transcripts = {"start": answers("start", start)}
     adapted = PeftModel.from_pretrained(start, str(out / "dpo" / "model"), adapter_name="dpo")
     adapted.load_adapter(str(out / "ppo" / "model"), adapter_name="ppo")

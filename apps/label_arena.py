@@ -175,14 +175,11 @@ class _LocalPolicy:
         from transformers import TextIteratorStreamer
 
         from policy_models.chat import encode_prompts
-        from policy_models.devices import default_device, fast_dtype
-        from policy_models.loading import load_policy, load_tokenizer
+        from policy_models.loading import load_for_answers, load_tokenizer
 
         with self._lock:
             if self._loaded is None:
-                device = default_device()
-                model = load_policy(self.source, dtype=fast_dtype(device), device=device)
-                self._loaded = load_tokenizer(self.source), model
+                self._loaded = load_tokenizer(self.source), load_for_answers(self.source)
             tokenizer, model = self._loaded
             ids = torch.tensor(encode_prompts(tokenizer, [[{"role": "user", "content": prompt}]]), device=model.device)
             streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=120)

@@ -140,18 +140,16 @@ def generated_items(
 
     from align.preferences import read_prompts
     from policy_models.chat import encode_prompts, sample_answers
-    from policy_models.devices import default_device, fast_dtype
-    from policy_models.loading import load_policy, load_tokenizer, resolve_model_source
+    from policy_models.loading import load_for_answers, load_tokenizer, resolve_model_source
 
     if not 2 <= len(models) <= 6:
         raise ValueError(f"{len(models)} models: pairs and rankings take 2 to 6")
     conversations = read_prompts(prompts)
     for model in models:
         resolve_model_source(model)  # all of them, before the first is loaded
-    device = default_device()
     by_model = []
     for model in models:
-        tokenizer, policy = load_tokenizer(model), load_policy(model, dtype=fast_dtype(device), device=device)
+        tokenizer, policy = load_tokenizer(model), load_for_answers(model)
         answers, texts = sample_answers(
             policy,
             tokenizer,

@@ -41,6 +41,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from .configuration import MoEPolicyConfig
+from .devices import default_device, fast_dtype
 from .modeling import MoEPolicyForCausalLM, scalar_head_std
 from .quantise import Packed
 from .quantise import quantise as quantise_model
@@ -144,6 +145,7 @@ def load_policy(
 
     Args:
         dtype: of the weights. Train in float32 under autocast: in bfloat16, steps below 1/256 of a weight are lost.
+        device: where the weights go once they are read.
         experts_implementation: back end of the experts; None is the model's own default. An error for a dense model.
         attn_implementation: "sdpa", "eager", or another back end that transformers knows.
         quantise: "4bit", "8bit" or "int8", experts included (quantise.py); None keeps the weights as they are.
@@ -154,6 +156,12 @@ def load_policy(
     _check_options(model, options)
     model.to(device)  # type: ignore[arg-type]
     return model if quantise is None else quantise_model(model, quantise)
+
+
+def load_for_answers(source: str, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """`load_policy` for a model that is not trained: on this process's GPU, else the CPU; `dtype` None is the fast one there."""
+    device = default_device()
+    return load_policy(source, dtype=dtype or fast_dtype(device), device=device)
 
 
 def load_scalar_model(

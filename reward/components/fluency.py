@@ -62,11 +62,9 @@ class Fluency:
     @classmethod
     def load(cls, source: str = "bundled:smollm2-135m-instruct", *, dtype: torch.dtype | None = None) -> Fluency:
         """From any source that `policy_models.loading.load_policy` takes, on the GPU if there is one; None is its fast type."""
-        from policy_models.devices import default_device, fast_dtype
-        from policy_models.loading import load_policy, load_tokenizer
+        from policy_models.loading import load_for_answers, load_tokenizer
 
-        device = default_device()
-        return cls(load_policy(source, dtype=dtype or fast_dtype(device), device=device), load_tokenizer(source))
+        return cls(load_for_answers(source, dtype=dtype), load_tokenizer(source))
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         texts = list(dict.fromkeys(answers))  # the prompt is not read, so an answer given twice has one score

@@ -72,7 +72,8 @@ def models_of(source):
 @pytest.mark.parametrize("place", ["meta", "cpu"])  # meta: a device that models can go to everywhere
 def test_models_go_to_the_device_and_take_its_type(machine, monkeypatch, place):
     machine(amx=True)
-    monkeypatch.setattr("policy_models.devices.default_device", lambda: torch.device(place))
+    for module in ("policy_models.devices", "policy_models.loading"):
+        monkeypatch.setattr(f"{module}.default_device", lambda: torch.device(place))
     models = models_of("bundled:tiny-llama")
     assert {name: model.device.type for name, model in models.items()} == dict.fromkeys(models, place)
     assert models["fluency"].dtype == models["chat"].dtype == torch.bfloat16
