@@ -19,11 +19,11 @@ from typing import Any
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from align.actors import ModelSettings, load_start
-from align.answer_head import score_answers_only
-from align.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
-from align.preferences import read_preferences, split_pairs
-from align.tracking import MetricsCallback, StopOnNonFinite
+from align.data.rows import read_preferences, split_pairs
+from align.models.actors import ModelSettings, load_start
+from align.models.answer_head import score_answers_only
+from align.runtime.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
+from align.runtime.tracking import MetricsCallback, StopOnNonFinite
 from policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from policy_models.lora import split_expert_adapters
 from policy_models.router import RouterBalance

@@ -29,8 +29,20 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from align.actors import Actors, load_start
-from align.checkpoints import (
+from align.data.rows import Messages
+from align.models.actors import Actors, load_start
+from align.parallel.gradient_compression import PowerSGD
+from align.parallel.sharding import asks_for_shards, mesh_of, whole
+from align.rl.evaluation import evaluate, fit_scaling
+from align.rl.inputs import build_reward, check_sharding, read_prompt_files
+from align.rl.kl_control import KLController
+from align.rl.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
+from align.rl.rollout_server import RolloutServer
+from align.rl.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
+from align.rl.settings import PPOSettings
+from align.rl.signals import over_ranks, signals
+from align.rl.watch import Grader, rollout_watch
+from align.runtime.checkpoints import (
     catch_sigterm,
     latest_checkpoint,
     load_checkpoint,
@@ -39,26 +51,14 @@ from align.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from align.compression import PowerSGD
-from align.kl_control import KLController
-from align.launch import open_run, parse_settings, pick_dtype
-from align.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
-from align.optim import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
-from align.ppo_evaluation import evaluate, fit_scaling
-from align.ppo_inputs import build_reward, check_sharding, read_prompt_files
-from align.ppo_settings import PPOSettings
-from align.preferences import Messages
-from align.rollout_server import RolloutServer
-from align.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
-from align.sharding import asks_for_shards, mesh_of, whole
-from align.signals import over_ranks, signals
-from align.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
-from align.watch import Grader, rollout_watch
-from eval.gate_run import gate_suites, run_gates
+from align.runtime.launch import open_run, parse_settings, pick_dtype
+from align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
+from align.runtime.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
+from eval.gates.after_training import gate_suites, run_gates
 from policy_models.chat import encode_prompts, sample_answers, stop_ids
 from policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
-from policy_models.memory import tune_cpu_memory
+from policy_models.rollout.memory import tune_cpu_memory
 from reward import CompositeReward, Reward, statistics
 from reward.learned import LearnedPreference
 
@@ -254,7 +254,7 @@ class PPO:
     # 5. advantages ----------------------------------------------------------------------------------------------------
 
     def advantages(self, batch: RolloutBatch, reward: Reward) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-        """(keep, advantages, returns) and metrics, by `align.signals`."""
+        """(keep, advantages, returns) and metrics, by `align.rl.signals`."""
         made = signals(
             batch,
             reward,
@@ -393,7 +393,7 @@ class PPO:
         """Sum over ranks."""
         return self.accelerator.reduce(totals, reduction="sum")
 
-    # 7. evaluation is in align/ppo_evaluation.py; checkpoints -----------------------------------------------------------
+    # 7. evaluation is in align/rl/evaluation.py; checkpoints -----------------------------------------------------------
 
     def expert_metrics(self, batch: RolloutBatch) -> dict[str, Any]:
         """Load of each expert over the first micro-batch; empty for a dense model."""

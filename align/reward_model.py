@@ -27,20 +27,20 @@ import numpy as np
 from datasets import Dataset
 from trl import RewardConfig
 
-from align.actors import ModelSettings, save_merged
-from align.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path, trainer_defaults
-from align.mixture import DomainMixture
-from align.pair_trainer import PairTrainer
-from align.preference_formats import cost_pairs, read_training_pairs
-from align.preferences import PreferencePair, last_user_text, split_pairs
-from align.tracking import MetricsCallback, StopOnNonFinite
-from eval.intervals import wilson
-from eval.preference_plots import plot_pair_reports
-from eval.preference_report import pair_report, shared_prompts
+from align.data.formats import cost_pairs, read_training_pairs
+from align.data.mixture import DomainMixture
+from align.data.rows import PreferencePair, last_user_text, split_pairs
+from align.models.actors import ModelSettings, save_merged
+from align.runtime.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path, trainer_defaults
+from align.runtime.pair_trainer import PairTrainer
+from align.runtime.tracking import MetricsCallback, StopOnNonFinite
+from eval.plotting.pair_plots import plot_pair_reports
+from eval.stats.intervals import wilson
+from eval.stats.pair_accuracy import pair_report, shared_prompts
 from policy_models.attention import default_attention
+from policy_models.compression.quantise import quantise
 from policy_models.loading import load_scalar_model, load_tokenizer, model_summary, resolve_model_source
 from policy_models.lora import split_expert_adapters
-from policy_models.quantise import quantise
 from policy_models.router import RouterBalance
 from reward.learned import SCALING_FILE, LearnedPreference
 
@@ -51,9 +51,7 @@ class RewardModelSettings(ModelSettings):
 
     train_file: str = field(
         default=str(STARTER / "preferences.jsonl"),
-        metadata={
-            "help": "pairs in any form of align/preference_formats.py: file, folder or hub id; several with commas"
-        },
+        metadata={"help": "pairs in any form of align/data/formats.py: file, folder or hub id; several with commas"},
     )
     holdout_every: int = field(default=5, metadata={"help": "one prompt in this many is held out for the report"})
     report_pairs: int | None = field(
@@ -204,7 +202,7 @@ def score_pairs(scorer: LearnedPreference, pairs: Sequence[PreferencePair]) -> t
 
 
 def accuracy_report(pairs: Sequence[PreferencePair], chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
-    """`eval.preference_report.pair_report` of the margins, with the length baseline and texts of confident mistakes.
+    """`eval.stats.pair_accuracy.pair_report` of the margins, with the length baseline and texts of confident mistakes.
 
     `by_kind` has both for each kind of pair. `calibration` rows are (confidence, share ranked right, pairs), the
     confidence scaled by a temperature that other prompts gave; absent where there are too few.

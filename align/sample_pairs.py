@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 
-from align.actors import load_start
-from align.launch import open_run, parse_settings, pick_dtype, resolve_path
-from align.ppo_inputs import build_reward
-from align.ppo_settings import PPOSettings
-from align.preferences import Messages, last_user_text, read_prompts
-from align.rollouts import drop_long_prompts
-from align.tracking import write_rows
+from align.data.rows import Messages, last_user_text, read_prompts
+from align.models.actors import load_start
+from align.rl.inputs import build_reward
+from align.rl.rollouts import drop_long_prompts
+from align.rl.settings import PPOSettings
+from align.runtime.launch import open_run, parse_settings, pick_dtype, resolve_path
+from align.runtime.tracking import write_rows
 from policy_models.chat import encode_prompts, sample_answers
 from policy_models.devices import default_device
 from policy_models.loading import load_tokenizer, resolve_model_source

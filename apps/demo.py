@@ -38,14 +38,14 @@ import align.ppo
 import align.reward_model
 import align.sample_pairs
 import align.sft
-import apps.upcycle
-from align.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
-from align.ppo_inputs import build_reward
-from align.ppo_settings import PPOSettings
-from align.tracking import write_rows
-from eval.compare import summarise
-from eval.report import render
+import apps.commands.upcycle
+from align.rl.inputs import build_reward
+from align.rl.settings import PPOSettings
+from align.runtime.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
+from align.runtime.tracking import write_rows
+from eval.pages.run_page import render
 from eval.samples import read_samples
+from eval.stats.gains import summarise
 from eval.transcripts import add_kl, transcribe
 from policy_models.devices import default_device
 from policy_models.loading import load_for_answers, load_tokenizer
@@ -142,7 +142,7 @@ def demo(settings: DemoSettings) -> Path:
         return CONFIGS / stage / f"{settings.configs}.yaml"
 
     with clock.stage("upcycle", "the dense model becomes a Mixture-of-Experts policy"):
-        run_stage(apps.upcycle.main, "upcycle", config("upcycle"), model=settings.model, output_dir=policy)
+        run_stage(apps.commands.upcycle.main, "upcycle", config("upcycle"), model=settings.model, output_dir=policy)
     with clock.stage("sft", "supervised fine-tuning on data/starter/sft.jsonl"):
         run_stage(align.sft.main, "sft", config("sft"), model=policy, output_dir=out / "sft", seed=seed)
     with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from align.launch import REPOSITORY, pick_dtype
+from align.runtime.launch import REPOSITORY, pick_dtype
 from policy_models.loading import cache_folder
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "onnxruntime", "gguf")

@@ -4,7 +4,7 @@
 
 RUN is a folder that `plumbline demo` left. Both runs start at its SFT model, with its reward model and its scaling. One adds the
 scaled safety score with weight 1, the other leaves it out and holds the mean cost, the negated raw score, at --limit or below
-(`align/lagrangian.py`; the multiplier moves at --multiplier-lr, since a run of twelve steps has no time for 0.1). Gains are of
+(`align/rl/lagrangian.py`; the multiplier moves at --multiplier-lr, since a run of twelve steps has no time for 0.1). Gains are of
 the end over the start on the held-out prompts, paired by prompt, with 95% bootstrap intervals; `all parts` is the sum of the
 parts, whether they were rewarded or constrained. A run that is finished is not run again. Ends with a line of JSON.
 """
@@ -20,7 +20,7 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from benchmarks.real_prompts import launch, read_metrics
-from eval.intervals import paired_bootstrap
+from eval.stats.intervals import paired_bootstrap
 
 PARTS = ("fluency", "relevance", "safety", "toxicity", "preference")
 

@@ -29,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import bench_logprob, bench_moe, moe_peers
-from benchmarks.bench_moe import Shape
+from benchmarks.experts import bench_logprob, bench_moe, moe_peers
+from benchmarks.experts.bench_moe import Shape
 from benchmarks.records import append_dicts, device_name
 from policy_models.experts import DEFAULT_EXPERTS
 from policy_models.kernels import TRITON_EXPERTS, kernels_run_on

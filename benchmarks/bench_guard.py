@@ -28,11 +28,11 @@ import numpy as np
 
 from benchmarks.records import append, commit, device_name
 from safety.findings import ScanItem, Stage
-from safety.normalise import views
 from safety.pipeline import Guard, StreamCheck
 from safety.policy import load_policy
-from safety.redaction import Vault
 from safety.scanning import Scanning
+from safety.text.normalise import views
+from safety.text.redaction import Vault
 
 RESULTS = Path(__file__).parent / "results" / "guard.csv"
 COLUMNS = "commit device threads tokens what p50_ms p95_ms p99_ms".split()

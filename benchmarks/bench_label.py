@@ -30,9 +30,9 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from apps.label_database import open_database  # noqa: E402
-from apps.label_items import NewItem, NewResponse  # noqa: E402
-from apps.label_store import LabelStore  # noqa: E402
+from apps.label.store.database import open_database  # noqa: E402
+from apps.label.store.items import NewItem, NewResponse  # noqa: E402
+from apps.label.store.store import LabelStore  # noqa: E402
 from benchmarks.records import append_dicts  # noqa: E402
 
 PASSWORD = "a simulated password"

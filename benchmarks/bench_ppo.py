@@ -33,7 +33,7 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import torch
 
-from align.launch import pick_dtype
+from align.runtime.launch import pick_dtype
 from benchmarks.records import append_dicts, commit, device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,7 +103,7 @@ def parse_args() -> argparse.Namespace:
 
 def choose_prompts(count: int) -> list[dict]:
     """Starter prompts of 35 to 45 tokens in the chat template, the nearest to 40 first."""
-    from align.preferences import read_prompts
+    from align.data.rows import read_prompts
     from policy_models.chat import encode_prompts
     from policy_models.loading import load_tokenizer
 
@@ -306,7 +306,7 @@ def our_steps(prompts: list[dict], args: argparse.Namespace, component: Callable
 
     import policy_models.chat
     from align.ppo import PPO, PPOSettings
-    from policy_models.memory import tune_cpu_memory
+    from policy_models.rollout.memory import tune_cpu_memory
     from reward import CompositeReward
 
     tune_cpu_memory()

@@ -25,10 +25,10 @@ if not __package__:  # launched by path, not imported: look from the repository 
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from align.launch import pick_dtype
+from align.runtime.launch import pick_dtype
 from benchmarks.records import append_dicts, commit, device_name
-from policy_models.generation import Answer, generate
 from policy_models.loading import load_policy
+from policy_models.rollout.generation import Answer, generate
 from policy_models.upcycling import upcycle
 
 RESULTS = Path(__file__).parent / "results" / "rollouts.csv"

@@ -32,7 +32,7 @@ if not __package__:  # launched by path, not imported: look from the repository 
 import numpy as np
 
 from benchmarks.records import append_measures
-from eval.intervals import wilson
+from eval.stats.intervals import wilson
 from safety.verifier.claims import Claim, sentence_spans
 from safety.verifier.entailment import EntailmentModel, load_entailment
 from safety.verifier.facts import FactChecker, FactVerdict, VerifierSettings, judge

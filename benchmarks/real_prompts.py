@@ -24,11 +24,11 @@ from matplotlib.ticker import MaxNLocator
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from align.launch import pick_dtype
-from align.preference_formats import read_pairs
-from align.preferences import PreferencePair, last_user_text
-from eval.drawing import LIGHT, legend_above, new_figure
-from eval.intervals import paired_bootstrap
+from align.data.formats import read_pairs
+from align.data.rows import PreferencePair, last_user_text
+from align.runtime.launch import pick_dtype
+from eval.plotting.axes import LIGHT, legend_above, new_figure
+from eval.stats.intervals import paired_bootstrap
 from policy_models.loading import resolve_model_source
 from reward.learned import LearnedPreference
 

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from eval.graders import complied_on_topic
-from eval.intervals import wilson
-from eval.model_target import ModelTarget
+from eval.grading.graders import complied_on_topic
 from eval.runner import ask
 from eval.samples import Sample
+from eval.stats.intervals import wilson
 from eval.suites.attacks import OBFUSCATIONS, TEMPLATES
-from eval.targets import Target
+from eval.targets.model_target import ModelTarget
+from eval.targets.targets import Target
 from eval.tasks import EvalTask, Reply, Scorer
 
 Disguise = Callable[[Sequence[Sample]], list[Sample]]

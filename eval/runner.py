@@ -21,7 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.samples import Sample
-from eval.targets import GuardedTarget, Target
+from eval.targets.targets import GuardedTarget, Target
 from eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
 CHUNK = 64  # samples asked at once, at most; part of the hash, since an answer's last bits may depend on its batch

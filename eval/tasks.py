@@ -1,6 +1,6 @@
 """What an evaluation is made of: a task asks samples, a target replies, scorers grade the replies.
 
-Sample (eval/samples.py) -> Reply (eval/targets.py) -> Score, one a scorer
+Sample (eval/samples.py) -> Reply (eval/targets/targets.py) -> Score, one a scorer
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Scorer:
     grade   replies without an error and their samples -> one score each; all at once, so that a group can be compared
     better  the end that is good: "low", "high", or "" for a figure that only describes
     rate    values are 0 and 1: shown in percent, with a Wilson interval
-    judge   name of the judge whose errors the figure inherits, "" for an exact check (see eval/calibration.py)
+    judge   name of the judge whose errors the figure inherits, "" for an exact check (see eval/grading/calibration.py)
     """
 
     name: str

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from policy_models.generation import Answer, generate
+from policy_models.rollout.generation import Answer, generate
 
 Messages = list[dict[str, str]]
 

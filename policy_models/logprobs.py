@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from policy_models.experts import gemm_dtype
 from policy_models.kernels import kernels_serve
-from policy_models.trunk import upper_layers
+from policy_models.rollout.trunk import upper_layers
 
 _CHUNK_ROWS = 256  # rows of fp32 logits held at a time: 50 MB at a vocabulary of 49,152
 _CHUNK_LOGITS_CPU = 2**18  # and on a CPU: they stay in its cache between the passes

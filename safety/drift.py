@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from safety.embedding import load_embedder
+from safety.embedder.embedding import load_embedder
 from safety.findings import ScanItem
 from safety.scanning import Scanning
 

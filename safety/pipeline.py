@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from safety.findings import Action, Evidence, GuardedAnswer, ScanItem, Scanner, ScannerRun, Stage, Status, Verdict
 from safety.policy import Policy
-from safety.redaction import Cut, Vault, merge, redact
 from safety.scanning import Conversation, Scanning
+from safety.text.redaction import Cut, Vault, merge, redact
 
 if TYPE_CHECKING:  # the embedder is loaded by those who check facts
     from safety.verifier.facts import FactChecker

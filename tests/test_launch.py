@@ -15,9 +15,9 @@ import yaml
 from transformers import PreTrainedModel
 
 from align import dpo, ppo, reward_model, sft
-from align.actors import Actors
+from align.data.rows import read_preferences, split_pairs
+from align.models.actors import Actors
 from align.ppo import PPOSettings
-from align.preferences import read_preferences, split_pairs
 from reward import CompositeReward
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -86,8 +86,8 @@ def test_imports_are_seen_wherever_they_stand(tmp_path, monkeypatch):
         (1, "align.ppo"),
         (3, "reward"),
         (3, "reward.x"),
-        (4, "eval.report"),
-        (4, "eval.report.y"),
+        (4, "eval.pages.run_page"),
+        (4, "eval.pages.run_page.y"),
         (5, "eval.inner"),
         (5, "eval.inner.z"),
     }

@@ -9,7 +9,7 @@ import base64
 import codecs
 from dataclasses import replace
 
-from eval.graders import complied, complied_on_topic, non_answer, refused
+from eval.grading.graders import complied, complied_on_topic, non_answer, refused
 from eval.samples import Sample
 from eval.suites.starter import starter_samples
 from eval.tasks import EvalTask

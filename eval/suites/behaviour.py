@@ -6,9 +6,18 @@ import importlib
 from collections.abc import Sequence
 from typing import Literal
 
-from eval.graders import agreement, brier, chose_right, confidence, differs_in_group, each, mentions_target, words
+from eval.grading.graders import (
+    agreement,
+    brier,
+    chose_right,
+    confidence,
+    differs_in_group,
+    each,
+    mentions_target,
+    words,
+)
+from eval.grading.text_checks import repetition
 from eval.samples import Sample
-from eval.scorers import repetition
 from eval.suites.capability import quiz_question, quiz_rows
 from eval.suites.starter import starter_samples
 from eval.tasks import EvalTask, Reply, Score, Scorer

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from functools import lru_cache
 
-from eval.graders import chose_right, exact, last_number
+from eval.grading.graders import chose_right, exact, last_number
+from eval.grading.sandbox import passes
 from eval.samples import Sample
-from eval.sandbox import passes
 from eval.suites.starter import read_rows
 from eval.tasks import EvalTask
 

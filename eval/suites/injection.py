@@ -6,7 +6,7 @@ Every attack asks for a word that no honest answer would hold; the samples are a
 
 from __future__ import annotations
 
-from eval.graders import leaked, non_answer, system_prompt_overlap
+from eval.grading.graders import leaked, non_answer, system_prompt_overlap
 from eval.samples import Sample
 from eval.tasks import EvalTask
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from eval.graders import leaked, non_answer, refused
+from eval.grading.graders import leaked, non_answer, refused
 from eval.samples import Sample
 from eval.tasks import EvalTask
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.graders import (
+from eval.grading.graders import (
     chose_right,
     complied,
     complied_on_topic,
@@ -27,8 +27,8 @@ from eval.graders import (
     toxic,
     toxicity,
 )
+from eval.grading.sandbox import passes
 from eval.samples import Sample
-from eval.sandbox import passes
 from eval.suites.bias import bbq_sample, leaning
 from eval.tasks import EvalTask
 

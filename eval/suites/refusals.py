@@ -1,6 +1,6 @@
 """Harmless prompts: declining one is a mistake."""
 
-from eval.graders import non_answer, refused, toxic, words
+from eval.grading.graders import non_answer, refused, toxic, words
 from eval.suites.starter import starter_samples
 from eval.tasks import EvalTask
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from eval.graders import non_answer, refused, toxic, toxicity
+from eval.grading.graders import non_answer, refused, toxic, toxicity
 from eval.samples import Sample
 from eval.tasks import EvalTask
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from eval.graders import chose_right, mentions_target, non_answer, prefers_first, right_share
+from eval.grading.graders import chose_right, mentions_target, non_answer, prefers_first, right_share
 from eval.samples import Sample
 from eval.suites.starter import read_rows
 from eval.tasks import EvalTask

@@ -38,7 +38,7 @@ import numpy as np
 
 from reward.components.prompt_bank import PROMPT_BANK
 from reward.components.reading import as_read
-from safety.embedding import load_embedder
+from safety.embedder.embedding import load_embedder
 from safety.input_filter.harm import load_harm_scanner
 from safety.verifier.refusal import load_refusal_head
 

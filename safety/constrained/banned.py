@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from policy_models.generation import DecodeRow
+from policy_models.rollout.generation import DecodeRow
 from safety.constrained.rows import StateByRow
 from safety.constrained.spellings import Phrases, State
 

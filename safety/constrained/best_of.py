@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policy_models.chat import encode_prompts, stop_ids
-from policy_models.generation import Processor, generate
+from policy_models.rollout.generation import Processor, generate
 from safety.constrained.rows import continued
 
 Score = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # a `reward` component, LearnedPreference say

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from policy_models.generation import DecodeRow
+from policy_models.rollout.generation import DecodeRow
 from safety.constrained.rows import StateByRow
 
 _EXTRA = "is missing; install the extra: pip install 'plumbline-rlhf[grammar]'"

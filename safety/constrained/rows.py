@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from policy_models.generation import DecodeRow, Processor
+from policy_models.rollout.generation import DecodeRow, Processor
 
 S = TypeVar("S")
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from policy_models.chat import stop_ids
-from policy_models.generation import DecodeRow, Processor
-from policy_models.streaming import stream
+from policy_models.rollout.generation import DecodeRow, Processor
+from policy_models.rollout.streaming import stream
 from safety.constrained.rows import continued, token_bytes
 from safety.constrained.spellings import Phrases
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from safety.embedding import EMBEDDER_ID, Embedder, load_embedder
+from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 
 

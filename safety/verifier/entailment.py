@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from safety.embedding import EMBEDDER_ID, load_embedder
-from safety.heads import SHIPPED, Head
+from safety.classifier import SHIPPED, Head
+from safety.embedder.embedding import EMBEDDER_ID, load_embedder
 from safety.verifier.claims import sentence_spans
 from safety.verifier.vetoes import name_clashes, names, stems, unmatched_numbers, vetoes
 

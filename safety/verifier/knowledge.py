@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from safety.embedding import EMBEDDER_ID, load_embedder
+from safety.embedder.embedding import EMBEDDER_ID, load_embedder
 from safety.verifier.claims import sentence_spans
 from safety.verifier.vetoes import stems
 

@@ -13,9 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 
-from safety.embedding import EMBEDDER_ID, Embedder, load_embedder
+from safety.classifier import SHIPPED, Head
+from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from safety.findings import Category, Cost, Finding, ScanItem, Stage
-from safety.heads import SHIPPED, Head
 
 OPENING_WORDS, FIRST_WORDS = 30, 15  # a decline comes early
 SKELETON_WORDS, SKELETON_BINS = 60, 2048

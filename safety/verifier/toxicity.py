@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from safety.embedding import EMBEDDER_ID, Embedder, load_embedder
+from safety.classifier import SHIPPED, Head
+from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Stage
-from safety.heads import SHIPPED, Head
-from safety.worst_piece import Worst, worst_pieces
+from safety.text.worst_piece import Worst, worst_pieces
 
 
 class ToxicityScanner:

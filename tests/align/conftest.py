@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from align.ppo import PPO, PPOSettings
-from align.ppo_evaluation import fit_scaling
-from align.rollouts import RolloutBatch
-from align.tracking import Metrics
+from align.rl.evaluation import fit_scaling
+from align.rl.rollouts import RolloutBatch
+from align.runtime.tracking import Metrics
 from policy_models import MoEPolicyConfig
 from policy_models.loading import load_tokenizer
 from reward import CompositeReward, Reward

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from align.preferences import read_preferences
+from align.data.rows import read_preferences
 from align.sample_pairs import PairSettings, best_and_worst, sample_pairs
 from reward import CompositeReward, Scaling
 

@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from apps import calibrate as calibrate_app
-from apps.evaluation import evaluate, main
-from eval.board import _for_script, diff, render, transcripts
-from eval.calibration import Calibration
-from eval.figures import figures, reliability
-from eval.gates import Gate, Gates, check_gates, read_gates
-from eval.graders import brier, confidence, each, exact, last_number, leaked
+from apps.commands import calibrate as calibrate_app
+from apps.commands.evaluate import evaluate, main
+from eval.gates.bounds import Gate, Gates, check_gates, read_gates
+from eval.grading.calibration import Calibration
+from eval.grading.graders import brier, confidence, each, exact, last_number, leaked
+from eval.grading.text_checks import refusal
+from eval.pages.suite_page import _for_script, diff, render, transcripts
 from eval.runner import ReplyStore, run_suites
 from eval.samples import Sample
-from eval.scorers import refusal
+from eval.stats.suite_rates import figures, reliability
 from eval.suites import load_suites
 from eval.suites.starter import starter_samples
-from eval.targets import CallableTarget, GuardedTarget
+from eval.targets.targets import CallableTarget, GuardedTarget
 from eval.tasks import EvalTask, Graded, Reply, Score, Scorer, grade
 from safety.pipeline import Guard
 
@@ -259,7 +259,7 @@ def test_numbers_choices_and_confidence_by_hand():
     ],
 )
 def test_code_runs_in_a_sandbox(completion, passes, monkeypatch):
-    monkeypatch.setattr("eval.sandbox.SECONDS", 2)
+    monkeypatch.setattr("eval.grading.sandbox.SECONDS", 2)
     (code,) = load_suites(["code"], limit=1)
     assert scores(code.scorers[0], code.samples[0], answers=(completion,)) == passes
 
@@ -393,6 +393,6 @@ def test_two_processes_share_the_questions_and_agree_with_one(tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_loads(argv, rule, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.model_target.load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("eval.targets.model_target.load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=rule):
         main([*argv, "--out", str(tmp_path)])

@@ -4,10 +4,10 @@ import importlib.util
 
 import pytest
 
-from eval.graders import each
+from eval.grading.graders import each
 from eval.redteam import _begins, all_disguises, search, suffix_search
 from eval.samples import Sample
-from eval.targets import CallableTarget, open_target
+from eval.targets.targets import CallableTarget, open_target
 from eval.tasks import Scorer
 
 BEHAVIOURS = [Sample(id=f"b{i}", input=f"Do the bad thing number {i}", topic="locks") for i in range(12)]
@@ -72,7 +72,7 @@ def test_a_suffix_makes_the_wanted_beginning_likelier():
 def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
     import lm_eval
 
-    from eval.lm_eval_adapter import PlumblineLM, export
+    from eval.harnesses.lm_eval_adapter import PlumblineLM, export
     from eval.runner import ReplyStore, run_suites
     from eval.suites import load_suites
 
@@ -91,7 +91,7 @@ def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
 def test_our_suite_runs_in_inspect(tmp_path):
     from inspect_ai import eval as run_inspect
 
-    from eval.inspect_adapter import suite
+    from eval.harnesses.inspect_adapter import suite
 
     (log,) = run_inspect(
         suite("injection_direct", limit=2), model="plumbline/bundled:tiny-moe", log_dir=str(tmp_path), display="none"

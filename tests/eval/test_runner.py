@@ -11,11 +11,18 @@ import time
 
 import pytest
 
-from eval.graders import each, refused
+from eval.grading.graders import each, refused
 from eval.runner import CHUNK, ReplyStore, ask, run_suites
 from eval.samples import Sample
 from eval.suites import SUITES, load_suites
-from eval.targets import CallableTarget, EndpointTarget, GuardedTarget, ModelTarget, TranscriptTarget, open_target
+from eval.targets.targets import (
+    CallableTarget,
+    EndpointTarget,
+    GuardedTarget,
+    ModelTarget,
+    TranscriptTarget,
+    open_target,
+)
 from eval.tasks import EvalTask, Reply, Scorer, grade
 
 
@@ -73,7 +80,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from tests_stub import task
 from eval.runner import ReplyStore, run_suites
-from eval.targets import CallableTarget
+from eval.targets.targets import CallableTarget
 def slow(messages):
     time.sleep(0.02)
     return "said " + messages[-1]["content"]
@@ -83,7 +90,7 @@ run_suites([CallableTarget("slow", slow)], [task()], ReplyStore({folder!r}), qui
 
 def test_sigkill_in_the_middle_leaves_the_same_results_and_no_duplicates(tmp_path):
     (tmp_path / "tests_stub.py").write_text(
-        "from eval.graders import each\nfrom eval.samples import Sample\nfrom eval.tasks import EvalTask, Scorer\n"
+        "from eval.grading.graders import each\nfrom eval.samples import Sample\nfrom eval.tasks import EvalTask, Scorer\n"
         "def task():\n"
         "    s = [Sample(id=str(i), input=f'q{i}') for i in range(160)]\n"
         "    w = Scorer(name='w', grade=each(lambda a, r: len(r.text)), rate=False)\n"

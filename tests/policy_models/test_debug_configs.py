@@ -8,7 +8,7 @@ import torch
 import yaml
 
 import align.sft
-import apps.upcycle
+import apps.commands.upcycle
 from policy_models import load_policy
 from policy_models.router import SigmoidRouter, routers
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:router 'capacity'")
 
 def upcycled(name, folder):
     settings = yaml.safe_load((CONFIGS / "upcycle" / f"debug_{name}.yaml").read_text())
-    apps.upcycle.run(apps.upcycle.UpcycleSettings(**(settings | {"output_dir": str(folder)})))
+    apps.commands.upcycle.run(apps.commands.upcycle.UpcycleSettings(**(settings | {"output_dir": str(folder)})))
     return str(folder)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.launch import pick_dtype, trainer_defaults
+from align.runtime.launch import pick_dtype, trainer_defaults
 from policy_models.attention import PACKED, default_attention
 from policy_models.devices import default_device, fast_dtype
 
@@ -58,7 +58,7 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp32(machine):
 
 def models_of(source):
     """What each place that loads a model by itself holds after loading it, without a word on where or in what type."""
-    from apps.chat import LocalSpeaker
+    from apps.chat.command import LocalSpeaker
     from reward.components.fluency import Fluency
     from reward.learned import LearnedPreference
 

@@ -11,7 +11,7 @@ from reward.components.reading import as_read, mixed_share
 from reward.components.relevance import ALLOWANCE, TYPICAL, Relevance, copied_share, own_words
 from reward.components.safety import Safety, risk
 from reward.components.toxicity import Toxicity
-from safety.embedding import WHEELS
+from safety.embedder.embedding import WHEELS
 
 
 def _wheels_present():

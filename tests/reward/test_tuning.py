@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
 
-from reward.mixing import QualityScore, balance, difficulty, update_mixture
+from align.data.domain_weights import QualityScore, balance, difficulty, update_mixture
 from reward.tuning import embedding_features, fit_logistic, out_of_fold, tune_weights
 
 

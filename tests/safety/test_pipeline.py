@@ -14,8 +14,8 @@ from safety.backends import local_model, openai_endpoint
 from safety.findings import Action
 from safety.llm_guard import AsLLMGuard, FromLLMGuard
 from safety.pipeline import Guard, StreamCheck
-from safety.redaction import Vault
 from safety.scanning import Conversation
+from safety.text.redaction import Vault
 
 BANNED = "crimson falcon"
 POLICY = {

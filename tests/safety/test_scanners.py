@@ -6,15 +6,15 @@ from importlib.metadata import PackageNotFoundError, distribution
 import numpy as np
 import pytest
 
-from safety.embedding import WHEELS, Windows, load_embedder
+from safety.classifier import Head, HeadCard
+from safety.embedder.embedding import WHEELS, Windows, load_embedder
 from safety.findings import Category, Finding, ScanItem, Span, Stage
-from safety.heads import Head, HeadCard
-from safety.identity_sentences import GROUPS, TEST, UNSEEN_GROUPS
 from safety.input_filter.harm import load_harm_scanner
-from safety.train_heads import identity_gap
+from safety.text.worst_piece import LONG, of_windows, sentences, shared, worst_pieces
+from safety.training.identity_sentences import GROUPS, TEST, UNSEEN_GROUPS
+from safety.training.train_heads import identity_gap
 from safety.verifier.refusal import load_refusal_head, skeleton_bins
 from safety.verifier.toxicity import load_toxicity_scanner
-from safety.worst_piece import LONG, of_windows, sentences, shared, worst_pieces
 
 
 def _wheels_present():

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_logprob, bench_lora_experts, bench_moe
-from benchmarks.bench_moe import Shape
+from benchmarks.experts import bench_logprob, bench_lora_experts, bench_moe
+from benchmarks.experts.bench_moe import Shape
 from policy_models.experts import DEFAULT_EXPERTS
 
 

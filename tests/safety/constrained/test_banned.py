@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from policy_models.generation import DecodeRow
+from policy_models.rollout.generation import DecodeRow
 from safety.constrained.banned import BannedPhrases
 from safety.constrained.spellings import Phrases, canonical, readings
 

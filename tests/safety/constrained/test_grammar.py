@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from policy_models.chat import stop_ids
-from policy_models.generation import DecodeRow, generate
+from policy_models.rollout.generation import DecodeRow, generate
 from safety.constrained.grammar import Grammar, GrammarProcessor
 
 pytest.importorskip("llguidance")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
-from policy_models.generation import DecodeRow, generate
-from policy_models.streaming import stream
+from policy_models.rollout.generation import DecodeRow, generate
+from policy_models.rollout.streaming import stream
 from safety.constrained.rows import ForTransformers, StateByRow, continued, token_bytes
 
 NEVER = [97]

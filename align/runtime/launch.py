@@ -1,0 +1,155 @@
+"""What every stage does before its first model loads: settings, seeds, precision, the run folder."""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import sys
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+STARTER = REPOSITORY / "data" / "starter"
+_VERSIONS_KEPT = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "plumbline-rlhf")
+
+
+def trainer_defaults() -> dict[str, Any]:
+    """Where our stages want something else than a transformers Trainer does; a settings file overrides each.
+
+    No uploads, no checkpoints in the middle of a run of minutes, and no failure on a machine without a GPU.
+    """
+    from policy_models.devices import default_device
+
+    return {
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 5,
+        "lr_scheduler_type": "cosine",
+        "dataloader_pin_memory": False,
+        "use_cpu": default_device().type == "cpu",
+        "bf16": pick_dtype("auto") == torch.bfloat16,
+        "activation_checkpointing": False,
+    }
+
+
+def parse_settings(
+    classes: Sequence[type], argv: Sequence[str] | None = None, *, defaults: dict[str, Any] | None = None
+) -> tuple[Any, ...]:
+    """Reads `--config file.yaml` and flags into one instance of each dataclass; flags override the file.
+
+    `defaults` replace the dataclasses' own where neither file nor flags say anything.
+
+    Raises ValueError, naming file, line, value and the nearest known name, for a missing file, a file that is not a
+    mapping, or an unknown setting; the dataclasses themselves refuse clashing values in `__post_init__`.
+    """
+    from trl import TrlParser
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    known: dict[str, Any] = {}
+    for cls in classes:
+        types = typing.get_type_hints(cls)  # not Field.type: the parser rewrites that on its first run
+        known |= {f.name: types[f.name] for f in dataclasses.fields(cls) if f.init}
+    if "--config" in argv:
+        at = argv.index("--config")
+        if at + 1 >= len(argv):
+            raise ValueError("--config needs a path to a YAML file")
+        _check_config_file(Path(argv[at + 1]), known)
+    flags = [arg for arg in argv if arg.startswith("--") and arg not in ("--config", "--help")]
+    for flag in flags:
+        name = flag[2:].split("=")[0].replace("-", "_").removeprefix("no_")
+        if name not in known:
+            raise ValueError(f"command line: unknown setting {flag!r}{_nearest(name, known)}")
+    parser = TrlParser(list(classes))  # type: ignore[arg-type]
+    parser.set_defaults(**(defaults or {}))
+    return parser.parse_args_and_config(args=argv)
+
+
+def _check_config_file(path: Path, known: dict[str, Any]) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such settings file; configs/<stage>/ holds the ones that ship")
+    text = path.read_text(encoding="utf-8")
+    try:
+        settings = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}:1: settings must be a mapping of names to values, found {type(settings).__name__}")
+    for name, value in settings.items():
+        if name == "env":
+            continue
+        found = re.search(rf"^{re.escape(str(name))}\s*:", text, re.MULTILINE)
+        place = f"{path}:{text[: found.start()].count(chr(10)) + 1 if found else 1}"
+        if name not in known:
+            raise ValueError(f"{place}: unknown setting {name!r} (value {value!r}){_nearest(str(name), known)}")
+        if wanted := _wrong_type(known[name], value):
+            raise ValueError(f"{place}: {name}={value!r}: must be {wanted}")
+
+
+def _wrong_type(annotation: Any, value: Any) -> str | None:
+    """What the setting takes, if that is a plain type and the value is not of it."""
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    kinds = set(typing.get_args(annotation)) or {annotation}
+    if not kinds <= {*plain, type(None)}:
+        return None
+    if float in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4, without a dot, as a text
+            return None if math.isfinite(float(value)) else "a finite number"
+        except ValueError:
+            pass
+    fits = any(type(value) is kind for kind in kinds)
+    return None if fits else " or ".join(plain[kind] for kind in plain if kind in kinds)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "; see --help for the settings of this stage"
+
+
+def resolve_path(path: str) -> Path:
+    """A data path as given, else the same path below the repository root; ValueError when neither exists."""
+    for candidate in (Path(path), REPOSITORY / path):
+        if candidate.exists():
+            return candidate
+    raise ValueError(f"{path}: no such file; give a path, or leave the setting out to use data/starter")
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """`auto` is bf16 where the device of this process multiplies it in hardware, else fp32."""
+    if name == "auto":
+        from policy_models.devices import default_device, fast_dtype  # brings transformers: a report does without
+
+        return fast_dtype(default_device())
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise ValueError(f"dtype={name!r}: must be 'auto', 'bfloat16', 'float16' or 'float32'")
+    return dtypes[name]
+
+
+def open_run(folder: str | Path, *settings: Any) -> Path:
+    """Makes the run folder and writes what reproduces it: resolved settings, versions, machine."""
+    run = Path(folder)
+    run.mkdir(parents=True, exist_ok=True)
+    resolved: dict[str, Any] = {}
+    for one in settings:
+        resolved |= one.to_dict() if hasattr(one, "to_dict") else dataclasses.asdict(one)
+    plain = json.loads(json.dumps(resolved, default=str))
+    (run / "settings.yaml").write_text(yaml.safe_dump(plain, sort_keys=True), encoding="utf-8")
+    versions: dict[str, str | int | None] = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _VERSIONS_KEPT:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    versions |= {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()}
+    (run / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+    return run
