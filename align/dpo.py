@@ -17,16 +17,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from plumbline.align.data.rows import read_preferences, split_pairs
+from plumbline.align.models.actors import ModelSettings, load_start
+from plumbline.align.models.answer_head import score_answers_only
+from plumbline.align.runtime.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
+from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
+from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
+from plumbline.policy_models.lora import split_expert_adapters
+from plumbline.policy_models.router import RouterBalance
 from trl import DPOConfig, DPOTrainer
-
-from align.data.rows import read_preferences, split_pairs
-from align.models.actors import ModelSettings, load_start
-from align.models.answer_head import score_answers_only
-from align.runtime.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
-from align.runtime.tracking import MetricsCallback, StopOnNonFinite
-from policy_models.loading import load_tokenizer, model_summary, resolve_model_source
-from policy_models.lora import split_expert_adapters
-from policy_models.router import RouterBalance
 
 
 @dataclass(kw_only=True)

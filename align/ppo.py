@@ -25,24 +25,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
-from align.data.rows import Messages
-from align.models.actors import Actors, load_start
-from align.parallel.gradient_compression import PowerSGD
-from align.parallel.sharding import asks_for_shards, mesh_of, whole
-from align.rl.evaluation import evaluate, fit_scaling
-from align.rl.inputs import build_reward, check_sharding, read_prompt_files
-from align.rl.kl_control import KLController
-from align.rl.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
-from align.rl.rollout_server import RolloutServer
-from align.rl.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
-from align.rl.settings import PPOSettings
-from align.rl.signals import over_ranks, signals
-from align.rl.watch import Grader, rollout_watch
-from align.runtime.checkpoints import (
+from plumbline.align.data.rows import Messages
+from plumbline.align.models.actors import Actors, load_start
+from plumbline.align.parallel.gradient_compression import PowerSGD
+from plumbline.align.parallel.sharding import asks_for_shards, mesh_of, whole
+from plumbline.align.rl.evaluation import evaluate, fit_scaling
+from plumbline.align.rl.inputs import build_reward, check_sharding, read_prompt_files
+from plumbline.align.rl.kl_control import KLController
+from plumbline.align.rl.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
+from plumbline.align.rl.rollout_server import RolloutServer
+from plumbline.align.rl.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
+from plumbline.align.rl.settings import PPOSettings
+from plumbline.align.rl.signals import over_ranks, signals
+from plumbline.align.rl.watch import Grader, rollout_watch
+from plumbline.align.runtime.checkpoints import (
     catch_sigterm,
     latest_checkpoint,
     load_checkpoint,
@@ -51,16 +47,19 @@ from align.runtime.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from align.runtime.launch import open_run, parse_settings, pick_dtype
-from align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
-from align.runtime.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
-from eval.gates.after_training import gate_suites, run_gates
-from policy_models.chat import encode_prompts, sample_answers, stop_ids
-from policy_models.loading import load_tokenizer, model_summary, resolve_model_source
-from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
-from policy_models.rollout.memory import tune_cpu_memory
-from reward import CompositeReward, Reward, statistics
-from reward.learned import LearnedPreference
+from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
+from plumbline.align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
+from plumbline.align.runtime.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
+from plumbline.eval.gates.after_training import gate_suites, run_gates
+from plumbline.policy_models.chat import encode_prompts, sample_answers, stop_ids
+from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
+from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
+from plumbline.policy_models.rollout.memory import tune_cpu_memory
+from plumbline.reward import CompositeReward, Reward, statistics
+from plumbline.reward.learned import LearnedPreference
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 
 class PPO:
@@ -254,7 +253,7 @@ class PPO:
     # 5. advantages ----------------------------------------------------------------------------------------------------
 
     def advantages(self, batch: RolloutBatch, reward: Reward) -> tuple[Tensor, Tensor, Tensor, dict[str, float]]:
-        """(keep, advantages, returns) and metrics, by `align.rl.signals`."""
+        """(keep, advantages, returns) and metrics, by `plumbline.align.rl.signals`."""
         made = signals(
             batch,
             reward,

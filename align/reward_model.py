@@ -25,24 +25,30 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from plumbline.align.data.formats import cost_pairs, read_training_pairs
+from plumbline.align.data.mixture import DomainMixture
+from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
+from plumbline.align.models.actors import ModelSettings, save_merged
+from plumbline.align.runtime.launch import (
+    STARTER,
+    open_run,
+    parse_settings,
+    pick_dtype,
+    resolve_path,
+    trainer_defaults,
+)
+from plumbline.align.runtime.pair_trainer import PairTrainer
+from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
+from plumbline.eval.plotting.pair_plots import plot_pair_reports
+from plumbline.eval.stats.intervals import wilson
+from plumbline.eval.stats.pair_accuracy import pair_report, shared_prompts
+from plumbline.policy_models.attention import default_attention
+from plumbline.policy_models.compression.quantise import quantise
+from plumbline.policy_models.loading import load_scalar_model, load_tokenizer, model_summary, resolve_model_source
+from plumbline.policy_models.lora import split_expert_adapters
+from plumbline.policy_models.router import RouterBalance
+from plumbline.reward.learned import SCALING_FILE, LearnedPreference
 from trl import RewardConfig
-
-from align.data.formats import cost_pairs, read_training_pairs
-from align.data.mixture import DomainMixture
-from align.data.rows import PreferencePair, last_user_text, split_pairs
-from align.models.actors import ModelSettings, save_merged
-from align.runtime.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path, trainer_defaults
-from align.runtime.pair_trainer import PairTrainer
-from align.runtime.tracking import MetricsCallback, StopOnNonFinite
-from eval.plotting.pair_plots import plot_pair_reports
-from eval.stats.intervals import wilson
-from eval.stats.pair_accuracy import pair_report, shared_prompts
-from policy_models.attention import default_attention
-from policy_models.compression.quantise import quantise
-from policy_models.loading import load_scalar_model, load_tokenizer, model_summary, resolve_model_source
-from policy_models.lora import split_expert_adapters
-from policy_models.router import RouterBalance
-from reward.learned import SCALING_FILE, LearnedPreference
 
 
 @dataclass(kw_only=True)
@@ -202,7 +208,7 @@ def score_pairs(scorer: LearnedPreference, pairs: Sequence[PreferencePair]) -> t
 
 
 def accuracy_report(pairs: Sequence[PreferencePair], chosen: np.ndarray, rejected: np.ndarray) -> dict[str, Any]:
-    """`eval.stats.pair_accuracy.pair_report` of the margins, with the length baseline and texts of confident mistakes.
+    """`plumbline.eval.stats.pair_accuracy.pair_report` of the margins, with the length baseline and texts of confident mistakes.
 
     `by_kind` has both for each kind of pair. `calibration` rows are (confidence, share ranked right, pairs), the
     confidence scaled by a temperature that other prompts gave; absent where there are too few.

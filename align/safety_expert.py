@@ -1,11 +1,11 @@
-"""`python -m align.safety_expert`: the safety expert of SafeDecoding, a small LoRA adapter on the policy's own weights.
+"""`python -m plumbline.align.safety_expert`: the safety expert of SafeDecoding, a small LoRA adapter on the policy's own weights.
 
 Trained to open its answer to a harmful prompt with one stock decline, and to go on answering harmless prompts that sound like
 them as the model does without it, in equal parts. The paper trains on refusals alone: an expert that only knows how to refuse
 then pulls harmless prompts down with it. And the decline is always the same one, because SafeDecoding asks for the first tokens only:
 a hundred ways to decline leave none of them likely. A model that declines in other words needs another DECLINE.
 
-    python -m align.safety_expert --model bundled:smollm2-135m-instruct --out runs/expert
+    python -m plumbline.align.safety_expert --model bundled:smollm2-135m-instruct --out runs/expert
 
 Leaves a PEFT adapter folder: `model.load_adapter(folder, "expert")`. Ends with a line of JSON.
 """
@@ -23,10 +23,9 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from plumbline.policy_models.chat import encode_prompts, sample_answers
+from plumbline.policy_models.devices import fast_dtype
 from torch import Tensor
-
-from policy_models.chat import encode_prompts, sample_answers
-from policy_models.devices import fast_dtype
 
 STARTER = Path(__file__).parents[1] / "data" / "starter"
 # As the bundled model itself declines: SafeDecoding takes only tokens that the base ranks high too. " cannot" stands at place 60 after "I".
@@ -147,7 +146,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    from policy_models.loading import load_policy, load_tokenizer
+    from plumbline.policy_models.loading import load_policy, load_tokenizer
 
     model, tokenizer = load_policy(args.model), load_tokenizer(args.model)
     started = time.perf_counter()

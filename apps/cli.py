@@ -7,40 +7,61 @@ from collections.abc import Sequence
 
 # name -> (module, what it does); a module is imported only when its command is asked for
 COMMANDS = {
-    "demo": ("apps.demo", "the whole loop on the bundled model: SFT, reward model, PPO, DPO, evaluation, report"),
+    "demo": (
+        "plumbline.apps.demo",
+        "the whole loop on the bundled model: SFT, reward model, PPO, DPO, evaluation, report",
+    ),
     "upcycle": (
-        "apps.commands.upcycle",
+        "plumbline.apps.commands.upcycle",
         "turn a dense Llama-like model into a Mixture-of-Experts policy with the same logits",
     ),
-    "sft": ("align.sft", "supervised fine-tuning"),
-    "reward-model": ("align.reward_model", "train a reward model on preference pairs"),
-    "eval-reward": ("apps.commands.eval_reward", "how often rewards agree with people, on any preference pairs"),
-    "reward": ("apps.commands.reward", "explain | tune | attack | check: a reward's parts, weights, weak spots"),
-    "curate": ("apps.commands.curate", "filter and balance training data: duplicates, languages, garbage, domains"),
-    "ppo": ("align.ppo", "PPO against the composite reward"),
-    "sample-pairs": ("align.sample_pairs", "preference pairs from a model's own answers, ranked by the reward"),
-    "dpo": ("align.dpo", "direct preference optimisation"),
+    "sft": ("plumbline.align.sft", "supervised fine-tuning"),
+    "reward-model": ("plumbline.align.reward_model", "train a reward model on preference pairs"),
+    "eval-reward": (
+        "plumbline.apps.commands.eval_reward",
+        "how often rewards agree with people, on any preference pairs",
+    ),
+    "reward": (
+        "plumbline.apps.commands.reward",
+        "explain | tune | attack | check: a reward's parts, weights, weak spots",
+    ),
+    "curate": (
+        "plumbline.apps.commands.curate",
+        "filter and balance training data: duplicates, languages, garbage, domains",
+    ),
+    "ppo": ("plumbline.align.ppo", "PPO against the composite reward"),
+    "sample-pairs": (
+        "plumbline.align.sample_pairs",
+        "preference pairs from a model's own answers, ranked by the reward",
+    ),
+    "dpo": ("plumbline.align.dpo", "direct preference optimisation"),
     "eval": (
-        "apps.commands.evaluate",
+        "plumbline.apps.commands.evaluate",
         "suites x targets: attacks, over-refusal, bias, truth, leaks, capability, with error bars",
     ),
-    "calibrate": ("apps.commands.calibrate", "measure a judge against people's labels, and store how often it errs"),
-    "redteam": ("apps.commands.redteam", "search for prompts that get past a target, within a budget"),
-    "chat": ("apps.chat.command", "guarded chat in the browser: what each layer saw, redacted, steered and verified"),
-    "label": ("apps.label.command", "the preference-labelling app: serve, accounts, import, export, backup"),
+    "calibrate": (
+        "plumbline.apps.commands.calibrate",
+        "measure a judge against people's labels, and store how often it errs",
+    ),
+    "redteam": ("plumbline.apps.commands.redteam", "search for prompts that get past a target, within a budget"),
+    "chat": (
+        "plumbline.apps.chat.command",
+        "guarded chat in the browser: what each layer saw, redacted, steered and verified",
+    ),
+    "label": ("plumbline.apps.label.command", "the preference-labelling app: serve, accounts, import, export, backup"),
     "label-loop": (
-        "apps.label.loop",
+        "plumbline.apps.label.loop",
         "new labels into a new reward model, compared with the old one; re-orders the queue",
     ),
-    "models": ("apps.registry", "versions of trained models: list, promote, roll back"),
-    "report": ("apps.commands.report", "render report.html of a run folder"),
-    "train-heads": ("safety.training.train_heads", "train the classifier heads that ship in safety/weights"),
-    "verify": ("apps.commands.verify", "check an answer against documents: verdicts with citations"),
+    "models": ("plumbline.apps.registry", "versions of trained models: list, promote, roll back"),
+    "report": ("plumbline.apps.commands.report", "render report.html of a run folder"),
+    "train-heads": ("plumbline.safety.training.train_heads", "train the classifier heads that ship in safety/weights"),
+    "verify": ("plumbline.apps.commands.verify", "check an answer against documents: verdicts with citations"),
     "guard": (
-        "apps.guard.command",
+        "plumbline.apps.guard.command",
         "check texts, explain verdicts, chat behind the guard, measure it, watch for drift",
     ),
-    "doctor": ("apps.doctor", "print versions, devices, threads, and which extras and weights are there"),
+    "doctor": ("plumbline.apps.doctor", "print versions, devices, threads, and which extras and weights are there"),
 }
 
 

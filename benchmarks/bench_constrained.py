@@ -1,13 +1,13 @@
 """Constrained and guided decoding on the bundled model: banned phrases, JSON validity, SafeDecoding's effect and price.
 
-    python -m align.safety_expert --out runs/expert
+    python -m plumbline.align.safety_expert --out runs/expert
     python benchmarks/bench_constrained.py --parts phrases json safe --expert runs/expert
 
 - phrases: prompts that ask for a banned word in every spelling; samples with and without the processor, searched by
   `Phrases.find` for what came through. The budget of tokens cuts most answers, which is the hard case.
 - json: answers under a schema, valid by jsonschema.
 - safe: harmful evaluation prompts and their harmless twins, greedy, with and without SafeDecoding. Compliance is an answer
-  that the grader of `eval.grading.refusal_rules` does not call a decline; differences are paired, with bootstrap intervals over prompts.
+  that the grader of `plumbline.eval.grading.refusal_rules` does not call a decline; differences are paired, with bootstrap intervals over prompts.
   The expert was trained on other prompts (`sft.jsonl`, `preferences.jsonl` and `harm_twins.jsonl` of `data/starter`); the grader on none.
 
 Times are CPU seconds of one run side by side; only their ratios mean something. Appends to benchmarks/results/constrained.csv and ends
@@ -27,18 +27,18 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import numpy as np
 import torch
+from plumbline.eval.grading.refusal_rules import declines
+from plumbline.eval.stats.intervals import paired_bootstrap, wilson
+from plumbline.policy_models.chat import encode_prompts, stop_ids
+from plumbline.policy_models.loading import load_policy, load_tokenizer
+from plumbline.policy_models.rollout.generation import generate
+from plumbline.safety.constrained.banned import BannedPhrases
+from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor
+from plumbline.safety.constrained.guided import OtherAdapter, SafeDecoding, only_adapter
+from plumbline.safety.constrained.rows import token_bytes
+from plumbline.safety.constrained.spellings import Phrases
 
 from benchmarks.records import append_measures
-from eval.grading.refusal_rules import declines
-from eval.stats.intervals import paired_bootstrap, wilson
-from policy_models.chat import encode_prompts, stop_ids
-from policy_models.loading import load_policy, load_tokenizer
-from policy_models.rollout.generation import generate
-from safety.constrained.banned import BannedPhrases
-from safety.constrained.grammar import Grammar, GrammarProcessor
-from safety.constrained.guided import OtherAdapter, SafeDecoding, only_adapter
-from safety.constrained.rows import token_bytes
-from safety.constrained.spellings import Phrases
 
 RESULTS = Path(__file__).parent / "results" / "constrained.csv"
 COLUMNS = "commit model part measure value low high n".split()
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if "safe" in args.parts and not (args.expert and (args.expert / "expert" / "adapter_config.json").is_file()):
-        parser.error("part safe needs --expert, a folder of: python -m align.safety_expert --out FOLDER")
+        parser.error("part safe needs --expert, a folder of: python -m plumbline.align.safety_expert --out FOLDER")
     missing = [name for name in ENGINES if "json" in args.parts and find_spec(name) is None]
     if missing:
         parser.error(

@@ -27,13 +27,13 @@ if "--cpu" in sys.argv:
 
 import torch
 import torch.nn.functional as F
+from plumbline.policy_models.experts import DEFAULT_EXPERTS
+from plumbline.policy_models.kernels import TRITON_EXPERTS, kernels_run_on
 from torch import Tensor
 
 from benchmarks.experts import bench_logprob, bench_moe, moe_peers
 from benchmarks.experts.bench_moe import Shape
 from benchmarks.records import append_dicts, device_name
-from policy_models.experts import DEFAULT_EXPERTS
-from policy_models.kernels import TRITON_EXPERTS, kernels_run_on
 
 CHECKED = [
     Shape(1, 576, 1536, 8, 2),
@@ -117,7 +117,7 @@ def time_experts(shapes: list[Shape], device: str, repeats: int) -> dict[str, fl
 
 def check_logprob(sizes: tuple[int, int, int], device: str) -> float:
     """Largest error of log-probability and entropy against fp64, in nats; stops where it is too large."""
-    from policy_models.kernels.logprob import linear_logprob
+    from plumbline.policy_models.kernels.logprob import linear_logprob
 
     torch.manual_seed(0)
     hidden, weight, ids = bench_logprob.draw((min(sizes[0], 256), *sizes[1:]), device)

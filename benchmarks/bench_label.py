@@ -30,9 +30,10 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from apps.label.store.database import open_database  # noqa: E402
-from apps.label.store.items import NewItem, NewResponse  # noqa: E402
-from apps.label.store.store import LabelStore  # noqa: E402
+from plumbline.apps.label.store.database import open_database  # noqa: E402
+from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
+from plumbline.apps.label.store.store import LabelStore  # noqa: E402
+
 from benchmarks.records import append_dicts  # noqa: E402
 
 PASSWORD = "a simulated password"
@@ -92,7 +93,17 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "apps.cli", "label", "--db", self.db, "--port", str(self.port), "--no-pages"]
+        command = [
+            sys.executable,
+            "-m",
+            "plumbline.apps.cli",
+            "label",
+            "--db",
+            self.db,
+            "--port",
+            str(self.port),
+            "--no-pages",
+        ]
         self.process = subprocess.Popen(command, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.DEVNULL)
         while True:
             try:

@@ -32,8 +32,8 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from plumbline.align.runtime.launch import pick_dtype
 
-from align.runtime.launch import pick_dtype
 from benchmarks.records import append_dicts, commit, device_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,9 +103,9 @@ def parse_args() -> argparse.Namespace:
 
 def choose_prompts(count: int) -> list[dict]:
     """Starter prompts of 35 to 45 tokens in the chat template, the nearest to 40 first."""
-    from align.data.rows import read_prompts
-    from policy_models.chat import encode_prompts
-    from policy_models.loading import load_tokenizer
+    from plumbline.align.data.rows import read_prompts
+    from plumbline.policy_models.chat import encode_prompts
+    from plumbline.policy_models.loading import load_tokenizer
 
     prompts = read_prompts(ROOT / "data" / "starter" / "prompts.jsonl")
     rows = [
@@ -190,9 +190,8 @@ def trl_steps(prompts: list[dict], args: argparse.Namespace) -> dict:
     import datasets
     import transformers
     import trl
+    from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
-
-    from policy_models.loading import load_policy, load_scalar_model, load_tokenizer
 
     if trl.__version__ != "1.12.0":
         raise SystemExit(f"trl {trl.__version__} in this environment; `make bench-peers` installs 1.12.0")
@@ -262,8 +261,8 @@ def trl_steps(prompts: list[dict], args: argparse.Namespace) -> dict:
 
 def same_models(prompts: list[dict], args: argparse.Namespace) -> dict:
     """Ours with four full-size models: policy, reference, critic, reward model."""
-    from policy_models.loading import load_scalar_model, load_tokenizer
-    from reward.learned import LearnedPreference
+    from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
+    from plumbline.reward.learned import LearnedPreference
 
     dtype = pick_dtype(args.dtype)
     reward_model = load_scalar_model(MODEL, dtype=dtype)
@@ -275,9 +274,8 @@ def same_models(prompts: list[dict], args: argparse.Namespace) -> dict:
 def shared_weights(prompts: list[dict], args: argparse.Namespace) -> dict:
     """Ours with one backbone: adapters for policy and reward model, the critic a head on the reference."""
     from peft import LoraConfig, get_peft_model
-
-    from policy_models.loading import load_scalar_model, load_tokenizer
-    from reward.learned import LearnedPreference
+    from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
+    from plumbline.reward.learned import LearnedPreference
 
     with tempfile.TemporaryDirectory() as folder:  # an untrained reward adapter costs as much as a trained one
         scalar = load_scalar_model(MODEL, dtype=pick_dtype(args.dtype))
@@ -301,17 +299,16 @@ class _Nothing:
 
 
 def our_steps(prompts: list[dict], args: argparse.Namespace, component: Callable, **options) -> dict:
-    """One warm-up step and `args.steps` measured ones of `align.ppo.PPO`, as its own loop runs them."""
+    """One warm-up step and `args.steps` measured ones of `plumbline.align.ppo.PPO`, as its own loop runs them."""
+    import plumbline.policy_models.chat
     from accelerate import Accelerator
-
-    import policy_models.chat
-    from align.ppo import PPO, PPOSettings
-    from policy_models.rollout.memory import tune_cpu_memory
-    from reward import CompositeReward
+    from plumbline.align.ppo import PPO, PPOSettings
+    from plumbline.policy_models.rollout.memory import tune_cpu_memory
+    from plumbline.reward import CompositeReward
 
     tune_cpu_memory()
     never = 1 << 30
-    policy_models.chat.stop_ids = lambda *_: [never]
+    plumbline.policy_models.chat.stop_ids = lambda *_: [never]
     with tempfile.TemporaryDirectory() as folder:
         settings = PPOSettings(
             model=MODEL,

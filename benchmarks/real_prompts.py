@@ -24,13 +24,13 @@ from matplotlib.ticker import MaxNLocator
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from align.data.formats import read_pairs
-from align.data.rows import PreferencePair, last_user_text
-from align.runtime.launch import pick_dtype
-from eval.plotting.axes import LIGHT, legend_above, new_figure
-from eval.stats.intervals import paired_bootstrap
-from policy_models.loading import resolve_model_source
-from reward.learned import LearnedPreference
+from plumbline.align.data.formats import read_pairs
+from plumbline.align.data.rows import PreferencePair, last_user_text
+from plumbline.align.runtime.launch import pick_dtype
+from plumbline.eval.plotting.axes import LIGHT, legend_above, new_figure
+from plumbline.eval.stats.intervals import paired_bootstrap
+from plumbline.policy_models.loading import resolve_model_source
+from plumbline.reward.learned import LearnedPreference
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("rmb", "hh_rlhf_harmless")

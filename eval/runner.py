@@ -18,11 +18,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from plumbline.eval.samples import Sample
+from plumbline.eval.targets.targets import GuardedTarget, Target
+from plumbline.eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 from tqdm import tqdm
-
-from eval.samples import Sample
-from eval.targets.targets import GuardedTarget, Target
-from eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
 CHUNK = 64  # samples asked at once, at most; part of the hash, since an answer's last bits may depend on its batch
 

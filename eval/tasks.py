@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
-from eval.samples import Sample
+from plumbline.eval.samples import Sample
 
 Messages = list[dict[str, str]]
 Prompt = Messages | str  # a conversation to answer, or a text to continue

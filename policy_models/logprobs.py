@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from plumbline.policy_models.experts import gemm_dtype
+from plumbline.policy_models.kernels import kernels_serve
+from plumbline.policy_models.rollout.trunk import upper_layers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from policy_models.experts import gemm_dtype
-from policy_models.kernels import kernels_serve
-from policy_models.rollout.trunk import upper_layers
 
 _CHUNK_ROWS = 256  # rows of fp32 logits held at a time: 50 MB at a vocabulary of 49,152
 _CHUNK_LOGITS_CPU = 2**18  # and on a CPU: they stay in its cache between the passes
@@ -215,7 +214,7 @@ def _fused(model: PreTrainedModel) -> bool:
 def _fused_logprobs(
     model: PreTrainedModel, packed: PackedRows, temperature: float, states_out: list[Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    from policy_models.kernels.logprob import linear_logprob
+    from plumbline.policy_models.kernels.logprob import linear_logprob
 
     with upper_layers(model, packed.trunk_layers):
         states = model.base_model(**packed.inputs(), use_cache=False).last_hidden_state

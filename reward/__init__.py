@@ -7,9 +7,9 @@
 This package never imports the training code; components look at text only.
 """
 
-from reward.composite import CompositeReward, default_composite, statistics
-from reward.contracts import Parts, Reward, RewardComponent
-from reward.scaling import Scaling, fit_scaling
+from plumbline.reward.composite import CompositeReward, default_composite, statistics
+from plumbline.reward.contracts import Parts, Reward, RewardComponent
+from plumbline.reward.scaling import Scaling, fit_scaling
 
 __all__ = [
     "CompositeReward",

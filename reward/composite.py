@@ -15,8 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from reward.contracts import Parts, Reward, RewardComponent
-from reward.scaling import Scaling, fit_scaling
+from plumbline.reward.contracts import Parts, Reward, RewardComponent
+from plumbline.reward.scaling import Scaling, fit_scaling
 
 
 class CompositeReward:
@@ -166,15 +166,15 @@ def default_composite(
     """The embedded default, R = alpha * fluency + beta * relevance + gamma * safety - delta * toxicity.
 
     Runs without a network: MiniLM embeddings with the shipped heads, and a small frozen language model for fluency
-    (`fluency_source`: any source that `policy_models.loading.load_policy` takes; not loaded when alpha is 0).
+    (`fluency_source`: any source that `plumbline.policy_models.loading.load_policy` takes; not loaded when alpha is 0).
     """
-    from reward.components.relevance import Relevance
-    from reward.components.safety import Safety
-    from reward.components.toxicity import Toxicity
+    from plumbline.reward.components.relevance import Relevance
+    from plumbline.reward.components.safety import Safety
+    from plumbline.reward.components.toxicity import Toxicity
 
     components: list[tuple[RewardComponent, float]] = []
     if alpha != 0:
-        from reward.components.fluency import Fluency
+        from plumbline.reward.components.fluency import Fluency
 
         components.append((Fluency.load(fluency_source), alpha))
     components += [

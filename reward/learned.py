@@ -26,7 +26,7 @@ class LearnedPreference:
     """Scores of a sequence-classification model with one label.
 
     Args:
-        model_path: a source that `policy_models.loading.load_scalar_model` takes; read only for what is not passed.
+        model_path: a source that `plumbline.policy_models.loading.load_scalar_model` takes; read only for what is not passed.
             Such a model goes to the GPU if there is one.
         model, tokenizer: an already loaded pair, for instance adapters on weights shared with the policy.
         token_budget: padded tokens a forward pass.
@@ -49,8 +49,8 @@ class LearnedPreference:
         self.name, self.token_budget = name, token_budget
         self.mean, self.std = read_scaling(model_path)
         if model is None or tokenizer is None:
-            from policy_models.devices import default_device
-            from policy_models.loading import load_scalar_model, load_tokenizer
+            from plumbline.policy_models.devices import default_device
+            from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
 
             model = model or load_scalar_model(str(model_path), dtype=dtype, device=default_device())
             tokenizer = tokenizer or load_tokenizer(str(model_path))
@@ -79,7 +79,7 @@ class LearnedPreference:
 
     @torch.inference_mode()
     def _scores(self, ids: Sequence[list[int]]) -> list[float | None]:
-        from policy_models.logprobs import token_budget_batches
+        from plumbline.policy_models.logprobs import token_budget_batches
 
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
         fits = [row for row, tokens in enumerate(ids) if len(tokens) <= limit]

@@ -56,7 +56,9 @@ class Head:
         self.weights = {name: np.ascontiguousarray(value, dtype=np.float32) for name, value in rounded.items()}
         hidden = set(self.weights) == {"mean", "std", "w1", "b1", "w2", "b2"}
         if not hidden and set(self.weights) != {"mean", "std", "w", "b"}:
-            raise ValueError(f"head {card.name!r} has tensors {sorted(self.weights)}; see safety.classifier.Head")
+            raise ValueError(
+                f"head {card.name!r} has tensors {sorted(self.weights)}; see plumbline.safety.classifier.Head"
+            )
         last = self.weights["b2" if hidden else "b"]
         if last.shape != (len(card.labels),):
             raise ValueError(f"head {card.name!r}: {last.shape[0]} outputs for {len(card.labels)} labels")
@@ -98,7 +100,7 @@ class Head:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(
-                f"no head at {path}; train it with: python -m safety.training.train_heads --out {path.parent}"
+                f"no head at {path}; train it with: python -m plumbline.safety.training.train_heads --out {path.parent}"
             )
         try:
             with safe_open(str(path), framework="numpy") as file:
@@ -106,7 +108,7 @@ class Head:
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path} is not a head file ({error}); train it again with safety.training.train_heads"
+                f"{path} is not a head file ({error}); train it again with plumbline.safety.training.train_heads"
             ) from error
         card = HeadCard(**{**fields, "labels": tuple(fields["labels"])})
         if features is not None and card.features != features:

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from safety.embedder.embedding import load_embedder
-from safety.findings import ScanItem
-from safety.scanning import Scanning
+from plumbline.safety.embedder.embedding import load_embedder
+from plumbline.safety.findings import ScanItem
+from plumbline.safety.scanning import Scanning
 
 MOST = 1000  # texts a window that the MMD looks at: its cost grows with their square
 

@@ -126,7 +126,7 @@ class Finding:
     spans     where, in the original text; empty means the whole text
     reason    one line for a person; never holds the text itself, so that a log of findings holds no secrets
     evidence  passages of documents, for findings about facts
-    view      which reading of the text it was seen in: "raw", "folded", "base64" ... (see safety.text.normalise)
+    view      which reading of the text it was seen in: "raw", "folded", "base64" ... (see plumbline.safety.text.normalise)
     """
 
     scanner: str

@@ -6,8 +6,18 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from safety.findings import ALL_STAGES, OUTPUT_STAGES, Action, Category, Cost, Finding, ScanItem, Span, Stage
-from safety.pipeline import Guard
+from plumbline.safety.findings import (
+    ALL_STAGES,
+    OUTPUT_STAGES,
+    Action,
+    Category,
+    Cost,
+    Finding,
+    ScanItem,
+    Span,
+    Stage,
+)
+from plumbline.safety.pipeline import Guard
 
 
 class AsLLMGuard:

@@ -1,6 +1,6 @@
 """A guard around a model: user text -> input filter -> model -> output checks -> answer.
 
-    from safety.pipeline import Guard
+    from plumbline.safety.pipeline import Guard
     guard = Guard("default", model=my_function)        # messages -> text, or an iterator of pieces of text
     print(guard.chat("How do I whittle a spoon?").text)
     for piece in guard.stream("And a fork?"):
@@ -25,13 +25,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safety.findings import Action, Evidence, GuardedAnswer, ScanItem, Scanner, ScannerRun, Stage, Status, Verdict
-from safety.policy import Policy
-from safety.scanning import Conversation, Scanning
-from safety.text.redaction import Cut, Vault, merge, redact
+from plumbline.safety.findings import (
+    Action,
+    Evidence,
+    GuardedAnswer,
+    ScanItem,
+    Scanner,
+    ScannerRun,
+    Stage,
+    Status,
+    Verdict,
+)
+from plumbline.safety.policy import Policy
+from plumbline.safety.scanning import Conversation, Scanning
+from plumbline.safety.text.redaction import Cut, Vault, merge, redact
 
 if TYPE_CHECKING:  # the embedder is loaded by those who check facts
-    from safety.verifier.facts import FactChecker
+    from plumbline.safety.verifier.facts import FactChecker
 
 Message = Mapping[str, str]
 Model = Callable[
@@ -54,7 +64,7 @@ class Guard:
         every: characters between two checks of a stream.
         facts: checks answers against documents; rules over `fact.*` see its findings, and `GuardedAnswer.citations` its evidence. A
             correction cannot be taken back, so a stream then comes in one piece.
-        fact_action: what becomes of the answer: annotate, correct, drop or abstain (`safety.verifier.facts.act`).
+        fact_action: what becomes of the answer: annotate, correct, drop or abstain (`plumbline.safety.verifier.facts.act`).
     """
 
     def __init__(
@@ -224,7 +234,7 @@ class Guard:
 
     def _fact_check(self, said: str) -> tuple[Verdict, str, tuple[Evidence, ...]]:
         """The verdict of the rules over `fact.*`, the answer after `fact_action`, and all evidence."""
-        from safety.verifier.facts import act
+        from plumbline.safety.verifier.facts import act
 
         assert self.facts
         started = time.perf_counter()

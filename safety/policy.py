@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from safety.findings import Action, Finding, Fired, Stage
-from safety.taxonomy import severity
+from plumbline.safety.findings import Action, Finding, Fired, Stage
+from plumbline.safety.taxonomy import severity
 
 SHIPPED = Path(__file__).parent / "policies"
 REDACTIONS = ("placeholder", "hash", "vault")

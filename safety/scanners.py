@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import importlib
 
-from safety.findings import Scanner
-from safety.policy import ScannerSettings
+from plumbline.safety.findings import Scanner
+from plumbline.safety.policy import ScannerSettings
 
 KINDS = {  # use -> (module, class); a module is imported when a policy asks for it, so rules alone need no embedder
-    "pii": ("safety.input_filter.pii", "Pii"),
-    "secrets": ("safety.input_filter.secrets", "Secrets"),
-    "hidden_text": ("safety.input_filter.hidden_text", "HiddenText"),
-    "injection_rules": ("safety.input_filter.injection", "InjectionRules"),
-    "injection": ("safety.input_filter.injection", "InjectionHead"),
-    "harm": ("safety.input_filter.harm", "HarmScanner"),
-    "toxicity": ("safety.verifier.toxicity", "ToxicityScanner"),
-    "refusal": ("safety.verifier.refusal", "RefusalHead"),
-    "language": ("safety.input_filter.language", "Language"),
-    "length": ("safety.input_filter.length", "Length"),
-    "topics": ("safety.input_filter.topics", "Topics"),
-    "phrases": ("safety.input_filter.phrases", "Phrases"),
-    "prompt_leak": ("safety.verifier.prompt_leak", "PromptLeak"),
+    "pii": ("plumbline.safety.input_filter.pii", "Pii"),
+    "secrets": ("plumbline.safety.input_filter.secrets", "Secrets"),
+    "hidden_text": ("plumbline.safety.input_filter.hidden_text", "HiddenText"),
+    "injection_rules": ("plumbline.safety.input_filter.injection", "InjectionRules"),
+    "injection": ("plumbline.safety.input_filter.injection", "InjectionHead"),
+    "harm": ("plumbline.safety.input_filter.harm", "HarmScanner"),
+    "toxicity": ("plumbline.safety.verifier.toxicity", "ToxicityScanner"),
+    "refusal": ("plumbline.safety.verifier.refusal", "RefusalHead"),
+    "language": ("plumbline.safety.input_filter.language", "Language"),
+    "length": ("plumbline.safety.input_filter.length", "Length"),
+    "topics": ("plumbline.safety.input_filter.topics", "Topics"),
+    "phrases": ("plumbline.safety.input_filter.phrases", "Phrases"),
+    "prompt_leak": ("plumbline.safety.verifier.prompt_leak", "PromptLeak"),
 }
 
 

@@ -1,6 +1,6 @@
 """Runs the scanners of a policy over texts, cheapest first, and turns what they find into verdicts.
 
-    length -> readings (safety.text.normalise) -> scanners by cost -> rules of the policy -> redaction, merged once
+    length -> readings (plumbline.safety.text.normalise) -> scanners by cost -> rules of the policy -> redaction, merged once
 
 A scanner that raises, answers nonsense or runs out of time ends as ERROR or TIMEOUT in the verdict, and blocks where the policy
 says "closed". Python cannot interrupt a thread: a scanner that ran out of time is left behind, and counts as busy (and so
@@ -18,12 +18,23 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-from safety.findings import Action, Finding, Fired, ScanItem, Scanner, ScannerRun, Span, Stage, Status, Verdict
-from safety.policy import Policy, ScannerSettings, load_policy
-from safety.scanners import build_scanner
-from safety.text.normalise import View, views
-from safety.text.redaction import Cut, Vault, cuts_of, redact
-from safety.workers import Worker
+from plumbline.safety.findings import (
+    Action,
+    Finding,
+    Fired,
+    ScanItem,
+    Scanner,
+    ScannerRun,
+    Span,
+    Stage,
+    Status,
+    Verdict,
+)
+from plumbline.safety.policy import Policy, ScannerSettings, load_policy
+from plumbline.safety.scanners import build_scanner
+from plumbline.safety.text.normalise import View, views
+from plumbline.safety.text.redaction import Cut, Vault, cuts_of, redact
+from plumbline.safety.workers import Worker
 
 COSTS = ("regex", "cpu", "gpu", "llm")
 MAX_LEFT_BEHIND = 2  # hung threads a scanner may have before it counts as busy

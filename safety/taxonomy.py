@@ -6,7 +6,7 @@ that a label of that guard maps to, and `to_label(guard, category)` is the way b
 
 from __future__ import annotations
 
-from safety.findings import Category
+from plumbline.safety.findings import Category
 
 MEANING: dict[str, tuple[str, int]] = {  # category -> (name, severity from 1 to 5)
     Category.VIOLENT_CRIMES: ("violent crimes", 4),

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from plumbline.align import dpo, ppo, reward_model, sft
+from plumbline.align.data.rows import read_preferences, split_pairs
+from plumbline.align.models.actors import Actors
+from plumbline.align.ppo import PPOSettings
+from plumbline.reward import CompositeReward
 from transformers import PreTrainedModel
-
-from align import dpo, ppo, reward_model, sft
-from align.data.rows import read_preferences, split_pairs
-from align.models.actors import Actors
-from align.ppo import PPOSettings
-from reward import CompositeReward
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}

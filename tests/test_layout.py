@@ -80,14 +80,16 @@ def test_imports_are_seen_wherever_they_stand(tmp_path, monkeypatch):
     """The reader itself: at the top, in a function, relative, `import a.b`, `from a import b`."""
     file = tmp_path / "eval" / "inner" / "thing.py"
     file.parent.mkdir(parents=True)
-    file.write_text("import align.ppo\ndef f():\n    from reward import x\nfrom ..report import y\nfrom . import z\n")
+    file.write_text(
+        "import plumbline.align.ppo\ndef f():\n    from reward import x\nfrom ..report import y\nfrom . import z\n"
+    )
     monkeypatch.setitem(globals(), "REPOSITORY", tmp_path)
     assert set(imports(file)) == {
-        (1, "align.ppo"),
+        (1, "plumbline.align.ppo"),
         (3, "reward"),
         (3, "reward.x"),
-        (4, "eval.pages.run_page"),
-        (4, "eval.pages.run_page.y"),
+        (4, "plumbline.eval.pages.run_page"),
+        (4, "plumbline.eval.pages.run_page.y"),
         (5, "eval.inner"),
         (5, "eval.inner.z"),
     }

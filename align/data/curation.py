@@ -18,8 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from align.data.duplicates import (
+from plumbline.align.data.duplicates import (
     EMBED_CHARS,
     Row,
     clusters,

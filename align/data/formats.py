@@ -21,8 +21,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from align.data.rows import PreferencePair, read_preferences
-from policy_models.chat import Messages
+from plumbline.align.data.rows import PreferencePair, read_preferences
+from plumbline.policy_models.chat import Messages
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 TURN = re.compile(r"\n\n(Human|Assistant):")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from policy_models.chat import Messages
+from plumbline.policy_models.chat import Messages
 
 
 @dataclass(frozen=True, kw_only=True)

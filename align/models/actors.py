@@ -17,6 +17,15 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from plumbline.align.parallel.sharding import shard, whole
+from plumbline.align.rl.losses import like
+from plumbline.align.runtime.launch import pick_dtype
+from plumbline.policy_models.attention import default_attention
+from plumbline.policy_models.compression.quantise import quantise as quantise_model
+from plumbline.policy_models.loading import load_policy, load_scalar_model
+from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs, answer_states
+from plumbline.policy_models.lora import split_expert_adapters
+from plumbline.policy_models.rollout.trunk import frozen_layers, trunk_states
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -25,16 +34,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.pytorch_utils import Conv1D
-
-from align.parallel.sharding import shard, whole
-from align.rl.losses import like
-from align.runtime.launch import pick_dtype
-from policy_models.attention import default_attention
-from policy_models.compression.quantise import quantise as quantise_model
-from policy_models.loading import load_policy, load_scalar_model
-from policy_models.logprobs import PackedRows, Trunk, answer_logprobs, answer_states
-from policy_models.lora import split_expert_adapters
-from policy_models.rollout.trunk import frozen_layers, trunk_states
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
 CRITICS = ("own", "head", "none")

@@ -3,13 +3,12 @@
 from pathlib import Path
 
 import torch
+from plumbline.align.data.rows import Messages, read_prompts
+from plumbline.align.models.actors import Actors
+from plumbline.align.rl.settings import PPOSettings
+from plumbline.align.runtime.launch import pick_dtype, resolve_path
+from plumbline.reward import CompositeReward, default_composite
 from transformers import PreTrainedTokenizerBase
-
-from align.data.rows import Messages, read_prompts
-from align.models.actors import Actors
-from align.rl.settings import PPOSettings
-from align.runtime.launch import pick_dtype, resolve_path
-from reward import CompositeReward, default_composite
 
 
 def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messages]]:
@@ -36,7 +35,7 @@ def build_reward(
     )
     if not settings.preference_weight:
         return composite
-    from reward.learned import LearnedPreference
+    from plumbline.reward.learned import LearnedPreference
 
     assert settings.reward_model is not None
     parts = [(part, composite.weights[name]) for name, part in composite.components.items()]
@@ -54,7 +53,7 @@ def build_reward(
 
 
 def check_sharding(settings: PPOSettings) -> None:
-    """ValueError for settings that a run over sharded layers (`align.parallel.sharding`) does not take."""
+    """ValueError for settings that a run over sharded layers (`plumbline.align.parallel.sharding`) does not take."""
     refused = {
         "lora=true (adapters switch too often): set lora: false": settings.lora,
         f"optimizer={settings.optimizer!r}: set adamw": settings.optimizer != "adamw",

@@ -8,9 +8,8 @@ B answers, R answer positions. Everything here is fp32.
 """
 
 import torch
+from plumbline.align.rl.kl_control import kl_estimate
 from torch import Tensor
-
-from align.rl.kl_control import kl_estimate
 
 
 def masked_mean(x_BR: Tensor, keep_BR: Tensor) -> Tensor:

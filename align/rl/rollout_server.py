@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-
-from policy_models.rollout.generation import Answer
+from plumbline.policy_models.rollout.generation import Answer
 
 # Mean difference of log-probabilities, in nats a token, above which the server is taken to serve something else.
 MAX_MISMATCH = 0.3
@@ -90,7 +89,7 @@ class RolloutServer:
         temperature: float,
         generator: torch.Generator,
     ) -> list[Answer]:
-        """One answer a prompt, in their order, as `policy_models.rollout.generation.generate` gives them, from what is served as `model`.
+        """One answer a prompt, in their order, as `plumbline.policy_models.rollout.generation.generate` gives them, from what is served as `model`.
 
         Each request has a seed of its own, drawn from `generator`; what a server makes of it may depend on what else it
         has in its batch. RuntimeError when the server refuses, goes away, or answers something that is no answer.

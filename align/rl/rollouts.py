@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from plumbline.align.data.rows import Messages, last_user_text
+from plumbline.policy_models.logprobs import Trunk, token_budget_batches
 from torch import Tensor
-
-from align.data.rows import Messages, last_user_text
-from policy_models.logprobs import Trunk, token_budget_batches
 
 
 @dataclass(frozen=True, kw_only=True)

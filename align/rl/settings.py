@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-
-from align.models.actors import ModelSettings
-from align.rl.advantages import ESTIMATORS as ADVANTAGES
-from align.rl.kl_control import ESTIMATORS, KLController
-from align.rl.lagrangian import Lagrangian
-from align.runtime.launch import STARTER, pick_dtype
-from align.runtime.optimizers import OPTIMIZERS
+from plumbline.align.models.actors import ModelSettings
+from plumbline.align.rl.advantages import ESTIMATORS as ADVANTAGES
+from plumbline.align.rl.kl_control import ESTIMATORS, KLController
+from plumbline.align.rl.lagrangian import Lagrangian
+from plumbline.align.runtime.launch import STARTER, pick_dtype
+from plumbline.align.runtime.optimizers import OPTIMIZERS
 
 _AT_LEAST_ONE = (
     "steps rollouts_per_step answers_per_prompt minibatches ppo_epochs max_new_tokens max_prompt_tokens "

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from plumbline.align.rl.advantages import gae, group_advantages, token_rewards, whiten
+from plumbline.align.rl.kl_control import kl_estimate
+from plumbline.align.rl.lagrangian import Lagrangian
+from plumbline.align.rl.rollouts import RolloutBatch
+from plumbline.align.rl.settings import PPOSettings
+from plumbline.reward import Parts, Reward
 from torch import Tensor
-
-from align.rl.advantages import gae, group_advantages, token_rewards, whiten
-from align.rl.kl_control import kl_estimate
-from align.rl.lagrangian import Lagrangian
-from align.rl.rollouts import RolloutBatch
-from align.rl.settings import PPOSettings
-from reward import Parts, Reward
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval.grading.text_checks import repetition
+from plumbline.eval.grading.text_checks import repetition
 
 Grader = Callable[[Sequence[str], Sequence[str]], list[float | None]]
 

@@ -27,7 +27,7 @@ def trainer_defaults() -> dict[str, Any]:
 
     No uploads, no checkpoints in the middle of a run of minutes, and no failure on a machine without a GPU.
     """
-    from policy_models.devices import default_device
+    from plumbline.policy_models.devices import default_device
 
     return {
         "report_to": "none",
@@ -126,7 +126,10 @@ def resolve_path(path: str) -> Path:
 def pick_dtype(name: str) -> torch.dtype:
     """`auto` is bf16 where the device of this process multiplies it in hardware, else fp32."""
     if name == "auto":
-        from policy_models.devices import default_device, fast_dtype  # brings transformers: a report does without
+        from plumbline.policy_models.devices import (  # brings transformers: a report does without
+            default_device,
+            fast_dtype,
+        )
 
         return fast_dtype(default_device())
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from plumbline.policy_models.balance import router_load
+from plumbline.policy_models.logprobs import PackedRows
+from plumbline.reward import Reward
 from transformers import PreTrainedModel, TrainerCallback
-
-from policy_models.balance import router_load
-from policy_models.logprobs import PackedRows
-from reward import Reward
 
 
 class Metrics:

@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safety.findings import Action, Stage, Verdict
-from safety.pipeline import Guard
-from safety.policy import Policy, load_policy
-from safety.taxonomy import meaning
+from plumbline.safety.findings import Action, Stage, Verdict
+from plumbline.safety.pipeline import Guard
+from plumbline.safety.policy import Policy, load_policy
+from plumbline.safety.taxonomy import meaning
 
 if TYPE_CHECKING:
-    from safety.verifier.facts import FactChecker
+    from plumbline.safety.verifier.facts import FactChecker
 
 Message = dict[str, str]
 # (messages, report) -> pieces of an answer; what was steered goes into `report`
@@ -191,7 +191,7 @@ def layer_of(name: str, verdict: Verdict) -> dict[str, Any]:
 
 def endpoint_speaker(url: str, name: str, **options: Any) -> Speaker:
     """A model behind an OpenAI-compatible endpoint; its decoding is out of reach, so nothing is steered."""
-    from safety.backends import openai_endpoint
+    from plumbline.safety.backends import openai_endpoint
 
     ask = openai_endpoint(url, name, **options)
     return lambda messages, report: ask(messages)
@@ -208,8 +208,8 @@ class LocalSpeaker:
     def __init__(
         self, source: str, *, banned: Sequence[str] = (), expert: str = "", max_new_tokens: int = 256, temperature: float = 0.7
     ) -> None:  # fmt: skip
-        from policy_models.loading import resolve_model_source
-        from safety.constrained.spellings import Phrases
+        from plumbline.policy_models.loading import resolve_model_source
+        from plumbline.safety.constrained.spellings import Phrases
 
         resolve_model_source(source)
         if expert and not (Path(expert) / "adapter_config.json").is_file():
@@ -222,7 +222,7 @@ class LocalSpeaker:
         self._loaded: Any = None
 
     def _load(self) -> Any:
-        from policy_models.loading import load_for_answers, load_tokenizer
+        from plumbline.policy_models.loading import load_for_answers, load_tokenizer
 
         model: Any = load_for_answers(self.source)
         if self.expert:
@@ -234,9 +234,9 @@ class LocalSpeaker:
     def __call__(self, messages: list[Message], report: dict[str, Any]) -> Iterator[str]:
         from contextlib import nullcontext
 
-        from policy_models.chat import encode_prompts
-        from safety.constrained.guided import OtherAdapter, SafeDecoding, only_adapter
-        from safety.constrained.streaming import HeldStream, LocalSource, phrase_check
+        from plumbline.policy_models.chat import encode_prompts
+        from plumbline.safety.constrained.guided import OtherAdapter, SafeDecoding, only_adapter
+        from plumbline.safety.constrained.streaming import HeldStream, LocalSource, phrase_check
 
         with self._lock:
             self._loaded = self._loaded or self._load()
@@ -288,8 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         import uvicorn
-
-        from apps.chat.server import Thumbs, make_chat_app
+        from plumbline.apps.chat.server import Thumbs, make_chat_app
     except ImportError as error:
         raise ValueError(f"{error.name} is missing; pip install 'plumbline-rlhf[ui]'") from None
     if args.url and (args.ban or args.expert):
@@ -310,8 +309,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         speaker = LocalSpeaker(args.model, banned=args.ban, expert=args.expert, **limits)
     checker = None
     if args.documents:
-        from safety.verifier.facts import FactChecker
-        from safety.verifier.knowledge import index_folder
+        from plumbline.safety.verifier.facts import FactChecker
+        from plumbline.safety.verifier.knowledge import index_folder
 
         checker = FactChecker(index_folder(args.documents, args.index))
     steering = [f"banned: {len(args.ban)}"] * bool(args.ban) + ["safety expert"] * bool(args.expert)

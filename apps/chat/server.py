@@ -11,14 +11,13 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from plumbline.apps.chat.command import GuardedChat
+from plumbline.apps.label.store.answers import RefusedError
+from plumbline.apps.label.store.database import open_database
+from plumbline.apps.label.store.items import NewItem, NewResponse
+from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.web.request_guard import WebGuard
 from pydantic import BaseModel, Field
-
-from apps.chat.command import GuardedChat
-from apps.label.store.answers import RefusedError
-from apps.label.store.database import open_database
-from apps.label.store.items import NewItem, NewResponse
-from apps.label.store.store import LabelStore
-from apps.web.request_guard import WebGuard
 
 STATIC = Path(__file__).parent / "chat_static"
 SHARED = Path(__file__).parent / "label_static"  # style, icon and the Markdown view

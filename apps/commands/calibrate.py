@@ -24,12 +24,12 @@ from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
-from eval.grading.calibration import Calibration, calibrate
-from eval.grading.chat_judge import ChatJudge
-from eval.grading.graders import RULES
-from eval.grading.refusal_judge import declined, got_nothing
-from eval.stats.suite_rates import JUDGES
-from eval.targets.targets import open_target
+from plumbline.eval.grading.calibration import Calibration, calibrate
+from plumbline.eval.grading.chat_judge import ChatJudge
+from plumbline.eval.grading.graders import RULES
+from plumbline.eval.grading.refusal_judge import declined, got_nothing
+from plumbline.eval.stats.suite_rates import JUDGES
+from plumbline.eval.targets.targets import open_target
 
 COLUMNS: list[set[str]] = [  # of the sets that are recognised
     {"prompt", "completion", "final_label"},

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from align.data.curation import Curated, CurationRules, Row, curate
-from align.data.domain_weights import QualityScore, balance, difficulty
-from align.data.formats import SUFFIXES, read_rows
-from align.data.rows import last_user_text, read_preferences
-from align.runtime.launch import STARTER, parse_settings
+from plumbline.align.data.curation import Curated, CurationRules, Row, curate
+from plumbline.align.data.domain_weights import QualityScore, balance, difficulty
+from plumbline.align.data.formats import SUFFIXES, read_rows
+from plumbline.align.data.rows import last_user_text, read_preferences
+from plumbline.align.runtime.launch import STARTER, parse_settings
 
 PROMPTS = ("prompt", "instruction", "question")
 ANSWERS = ("answer", "completion", "output", "response", "chosen")
@@ -112,7 +111,7 @@ def run(settings: CurateSettings) -> dict[str, Any]:
     raw, rows = read(settings.data)
     embed = None
     if settings.semantic or settings.keep is not None:
-        from safety.embedder.embedding import Embedder
+        from plumbline.safety.embedder.embedding import Embedder
 
         embed = Embedder(cache_size=0).embed  # each text comes once: a cache would only hold memory
     result = curate(rows, rules, embed=embed if settings.semantic else None, seed=settings.seed)
@@ -120,7 +119,7 @@ def run(settings: CurateSettings) -> dict[str, Any]:
         row: (drop.rule, drop.detail, drop.kept_row) for row, drop in enumerate(result.drops) if drop is not None
     }
     if settings.toxicity is not None:
-        from safety.verifier.toxicity import load_toxicity_scanner
+        from plumbline.safety.verifier.toxicity import load_toxicity_scanner
 
         kept = result.kept()
         risks = load_toxicity_scanner().risk([rows[row].answer for row in kept])

@@ -23,17 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from align.data.formats import read_pairs
-from align.data.rows import PreferencePair, last_user_text, split_pairs
-from align.runtime.launch import parse_settings, pick_dtype
-from eval.plotting.pair_plots import plot_pair_reports
-from eval.stats.intervals import paired_bootstrap
-from eval.stats.pair_accuracy import as_percent, fold_of, hits, pair_report, shared_prompts
-from policy_models.loading import resolve_model_source
-from reward.composite import CompositeReward, default_composite
-from reward.learned import LearnedPreference
-from reward.tuning import embedding_features, fit_logistic, out_of_fold
+from plumbline.align.data.formats import read_pairs
+from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
+from plumbline.align.runtime.launch import parse_settings, pick_dtype
+from plumbline.eval.plotting.pair_plots import plot_pair_reports
+from plumbline.eval.stats.intervals import paired_bootstrap
+from plumbline.eval.stats.pair_accuracy import as_percent, fold_of, hits, pair_report, shared_prompts
+from plumbline.policy_models.loading import resolve_model_source
+from plumbline.reward.composite import CompositeReward, default_composite
+from plumbline.reward.learned import LearnedPreference
+from plumbline.reward.tuning import embedding_features, fit_logistic, out_of_fold
 
 FOLDS = 5
 SIGNS = {"toxicity": -1}  # every other part is one of which more is better
@@ -153,7 +152,7 @@ def run(settings: EvalRewardSettings) -> dict[str, Any]:
         weights = None if settings.weights is None else json.loads(Path(settings.weights).read_text())["weights"]
         margins["composite"] = composite_margins(composite, data, weights)
     for name, source in settings.models.items():
-        from align.reward_model import score_pairs
+        from plumbline.align.reward_model import score_pairs
 
         tell(data, name)
         chosen, rejected = score_pairs(LearnedPreference(source, dtype=pick_dtype(settings.dtype)), data.pairs)
@@ -230,7 +229,7 @@ def subset_name(pair: PreferencePair) -> str:
 
 def embedding_baseline(data: Split) -> np.ndarray:
     """(N,) margins of a logistic model on MiniLM embeddings that was fitted on other prompts."""
-    from safety.embedder.embedding import load_embedder
+    from plumbline.safety.embedder.embedding import load_embedder
 
     embed: Callable = load_embedder().embed
 

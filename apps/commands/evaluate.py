@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.runtime.launch import pick_dtype
-from eval.gates.bounds import check_gates, read_gates, read_results
-from eval.grading.chat_judge import ChatJudge, with_judge
-from eval.pages.suite_page import write_report
-from eval.runner import ReplyStore, grade_all, run_suites
-from eval.stats.suite_rates import figures
-from eval.suites import SUITES, load_suites
-from eval.suites.public import LOADERS
-from eval.targets.targets import EndpointTarget, Target, open_target
-from policy_models.devices import default_device
+from plumbline.align.runtime.launch import pick_dtype
+from plumbline.eval.gates.bounds import check_gates, read_gates, read_results
+from plumbline.eval.grading.chat_judge import ChatJudge, with_judge
+from plumbline.eval.pages.suite_page import write_report
+from plumbline.eval.runner import ReplyStore, grade_all, run_suites
+from plumbline.eval.stats.suite_rates import figures
+from plumbline.eval.suites import SUITES, load_suites
+from plumbline.eval.suites.public import LOADERS
+from plumbline.eval.targets.targets import EndpointTarget, Target, open_target
+from plumbline.policy_models.devices import default_device
 
 
 def evaluate(

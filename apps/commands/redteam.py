@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from align.runtime.launch import pick_dtype
-from eval.redteam import all_disguises, search
-from eval.suites.public import HARMFUL, harmful
-from eval.suites.starter import starter_samples
-from eval.targets.targets import open_target
-from policy_models.devices import default_device
+from plumbline.align.runtime.launch import pick_dtype
+from plumbline.eval.redteam import all_disguises, search
+from plumbline.eval.suites.public import HARMFUL, harmful
+from plumbline.eval.suites.starter import starter_samples
+from plumbline.eval.targets.targets import open_target
+from plumbline.policy_models.devices import default_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:

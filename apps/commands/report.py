@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from align.runtime.launch import REPOSITORY
-from eval.pages.run_page import readme_table, render
-from eval.plotting.run_plots import plot_overview
+from plumbline.align.runtime.launch import REPOSITORY
+from plumbline.eval.pages.run_page import readme_table, render
+from plumbline.eval.plotting.run_plots import plot_overview
 
 _BEGIN, _END = "<!-- demo table -->", "<!-- end of demo table -->"
 

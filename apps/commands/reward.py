@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from align.data.formats import read_pairs
-from align.data.rows import last_user_text, read_sft
-from align.runtime.launch import STARTER, parse_settings, resolve_path
-from apps.commands.eval_reward import FOLDS, SIGNS, part_differences, prompt_text, sample_by_prompt
-from eval.stats.pair_accuracy import accuracy, fold_of
-from reward.attacks import AttackResult, Score, attack
-from reward.components.toxicity import Toxicity
-from reward.composite import CompositeReward, default_composite
-from reward.scaling import Scaling
-from reward.tuning import out_of_fold, tune_weights
-from safety.training import identity_sentences
+from plumbline.align.data.formats import read_pairs
+from plumbline.align.data.rows import last_user_text, read_sft
+from plumbline.align.runtime.launch import STARTER, parse_settings, resolve_path
+from plumbline.apps.commands.eval_reward import FOLDS, SIGNS, part_differences, prompt_text, sample_by_prompt
+from plumbline.eval.stats.pair_accuracy import accuracy, fold_of
+from plumbline.reward.attacks import AttackResult, Score, attack
+from plumbline.reward.components.toxicity import Toxicity
+from plumbline.reward.composite import CompositeReward, default_composite
+from plumbline.reward.scaling import Scaling
+from plumbline.reward.tuning import out_of_fold, tune_weights
+from plumbline.safety.training import identity_sentences
 
 REFERENCE_ROWS = 64  # good answers that the scaling is fitted on where none is given
 PASS = 0.95  # share of prompts on which the good answer must beat every trick

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from align.runtime.launch import parse_settings, pick_dtype
-from policy_models.loading import load_policy, load_tokenizer, model_summary
-from policy_models.upcycling import kl_from_dense, upcycle
+from plumbline.align.runtime.launch import parse_settings, pick_dtype
+from plumbline.policy_models.loading import load_policy, load_tokenizer, model_summary
+from plumbline.policy_models.upcycling import kl_from_dense, upcycle
 
 # What the cost of noise is measured on: plain prose, any language model has an opinion about it.
 SAMPLE = (

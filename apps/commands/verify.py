@@ -27,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--top", type=int, default=5, help="passages read a claim")
     args = parser.parse_args(argv)
-    from safety.verifier.entailment import load_entailment
-    from safety.verifier.facts import FactChecker, VerifierSettings, act
-    from safety.verifier.knowledge import index_folder, read_documents
+    from plumbline.safety.verifier.entailment import load_entailment
+    from plumbline.safety.verifier.facts import FactChecker, VerifierSettings, act
+    from plumbline.safety.verifier.knowledge import index_folder, read_documents
 
     settings = VerifierSettings(top=args.top)
     read_documents(args.documents)  # before any model loads

@@ -18,15 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from eval.stats.intervals import wilson
-from safety.classifier import SHIPPED, Head
-from safety.findings import Finding, ScanItem, Stage, Verdict
-from safety.policy import load_policy
-from safety.scanning import Scanning
-from safety.text.obfuscations import OBFUSCATIONS, hostile_texts
-from safety.training.head_data import Row, _number, read_jsonl
-from safety.training.train_heads import auroc
+from plumbline.eval.stats.intervals import wilson
+from plumbline.safety.classifier import SHIPPED, Head
+from plumbline.safety.findings import Finding, ScanItem, Stage, Verdict
+from plumbline.safety.policy import load_policy
+from plumbline.safety.scanning import Scanning
+from plumbline.safety.text.obfuscations import OBFUSCATIONS, hostile_texts
+from plumbline.safety.training.head_data import Row, _number, read_jsonl
+from plumbline.safety.training.train_heads import auroc
 
 SECTIONS = ("harm", "attacks", "toxicity", "pii", "secrets", "obfuscations", "left_out", "hostile")
 WITHOUT_DATA = ("left_out", "hostile")  # sections that read no sets

@@ -16,17 +16,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from safety.backends import openai_endpoint
-from safety.findings import Action, Stage, Verdict
-from safety.pipeline import FACT_ACTIONS, Guard, record
-from safety.scanning import Conversation
-from safety.taxonomy import meaning, severity
+from plumbline.safety.backends import openai_endpoint
+from plumbline.safety.findings import Action, Stage, Verdict
+from plumbline.safety.pipeline import FACT_ACTIONS, Guard, record
+from plumbline.safety.scanning import Conversation
+from plumbline.safety.taxonomy import meaning, severity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
-        from apps.guard import bench as guard_bench
+        from plumbline.apps.guard import bench as guard_bench
 
         return guard_bench.main(arguments[1:])
     options = _parser().parse_args(arguments)
@@ -133,8 +133,8 @@ def _chat(options: argparse.Namespace) -> int:
     model = openai_endpoint(options.url, options.model, key_variable=options.key_variable)
     facts = None
     if options.index:
-        from safety.verifier.facts import FactChecker
-        from safety.verifier.knowledge import KnowledgeBase
+        from plumbline.safety.verifier.facts import FactChecker
+        from plumbline.safety.verifier.knowledge import KnowledgeBase
 
         facts = FactChecker(KnowledgeBase.load(options.index))
     guard = Guard(options.policy, model=model, facts=facts, fact_action=options.act)
@@ -155,7 +155,7 @@ def _chat(options: argparse.Namespace) -> int:
 
 
 def _index(options: argparse.Namespace) -> int:
-    from safety.verifier.knowledge import index_folder
+    from plumbline.safety.verifier.knowledge import index_folder
 
     base = index_folder(options.documents, options.index)
     print(json.dumps({
@@ -165,7 +165,7 @@ def _index(options: argparse.Namespace) -> int:
 
 
 def _drift(options: argparse.Namespace) -> int:
-    from safety.drift import compare, read_texts
+    from plumbline.safety.drift import compare, read_texts
 
     report = compare(read_texts(options.reference), read_texts(options.window), policy=options.policy)
     for name, value in report.psi.items():

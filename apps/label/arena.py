@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from apps.label.store.answers import RefusedError
-from apps.label.store.items import NewItem, NewResponse
-from apps.label.store.store import LabelStore
+from plumbline.apps.label.store.answers import RefusedError
+from plumbline.apps.label.store.items import NewItem, NewResponse
+from plumbline.apps.label.store.store import LabelStore
 
 TICK = 0.04  # seconds between two pieces
 PIECE = 24  # characters a piece, at most
@@ -157,7 +157,7 @@ def policy_of(name: str, source: str) -> ArenaPolicy:
         if not model:
             raise ValueError(f"{source}: an endpoint needs its model's name after '#', as in {source}#my-model")
         return ArenaPolicy(name=name, stream=lambda prompt, seed: _from_endpoint(url, model, prompt, seed))
-    from policy_models.loading import resolve_model_source
+    from plumbline.policy_models.loading import resolve_model_source
 
     resolve_model_source(source)
     return ArenaPolicy(name=name, stream=_LocalPolicy(source), params={"source": source, "temperature": 0.8})
@@ -172,10 +172,9 @@ class _LocalPolicy:
 
     def __call__(self, prompt: str, seed: int) -> Iterator[str]:
         import torch
+        from plumbline.policy_models.chat import encode_prompts
+        from plumbline.policy_models.loading import load_for_answers, load_tokenizer
         from transformers import TextIteratorStreamer
-
-        from policy_models.chat import encode_prompts
-        from policy_models.loading import load_for_answers, load_tokenizer
 
         with self._lock:
             if self._loaded is None:

@@ -15,10 +15,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from apps.label.store.accounts import ROLES
-from apps.label.store.answers import RefusedError
-from apps.label.store.database import open_database
-from apps.label.store.store import LabelStore
+from plumbline.apps.label.store.accounts import ROLES
+from plumbline.apps.label.store.answers import RefusedError
+from plumbline.apps.label.store.database import open_database
+from plumbline.apps.label.store.store import LabelStore
 
 GUIDELINES = Path(__file__).parent / "label_static" / "guidelines.md"
 
@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     database = open_database(args.db)
     if args.command == "restore":  # before the store writes its first rows
-        from apps.label.store.backup import restore
+        from plumbline.apps.label.store.backup import restore
 
         counts = restore(database, args.file)
         print(f"restored {counts['item']} items and {counts['judgement']} judgements into {args.db}")
@@ -112,12 +112,12 @@ def _serve(store: LabelStore, args: argparse.Namespace) -> int:
         import uvicorn
 
         if args.no_pages:
-            from apps.label.server.api import make_api as make_app
+            from plumbline.apps.label.server.api import make_api as make_app
         else:
-            from apps.label.server.pages import make_label_app as make_app
+            from plumbline.apps.label.server.pages import make_label_app as make_app
     except ImportError as error:
         raise ValueError(f"{error.name} is missing; pip install 'plumbline-rlhf[ui]'") from None
-    from apps.label.arena import Arena, policy_of
+    from plumbline.apps.label.arena import Arena, policy_of
 
     policies = []
     for given in args.arena:
@@ -172,7 +172,7 @@ def _user(store: LabelStore, args: argparse.Namespace) -> int:
 
 
 def _import(store: LabelStore, args: argparse.Namespace) -> int:
-    from apps.label.exchange import generated_items, hub_items, read_items, starter_items
+    from plumbline.apps.label.exchange import generated_items, hub_items, read_items, starter_items
 
     if sum(bool(given) for given in (args.file, args.starter, args.hub, args.generate)) != 1:
         raise ValueError("import takes one of: a file, --starter, --hub ID, --generate PROMPTS")
@@ -192,7 +192,7 @@ def _import(store: LabelStore, args: argparse.Namespace) -> int:
 
 
 def _export(store: LabelStore, args: argparse.Namespace) -> int:
-    from apps.label.exchange import write_export
+    from plumbline.apps.label.exchange import write_export
 
     if args.test_every < 0 or args.test_every == 1:
         raise ValueError(f"--test-every {args.test_every}: 0, or 2 and more")
@@ -205,7 +205,7 @@ def _export(store: LabelStore, args: argparse.Namespace) -> int:
 
 def _small(store: LabelStore, args: argparse.Namespace) -> int:
     if args.command == "backup":
-        from apps.label.store.backup import backup
+        from plumbline.apps.label.store.backup import backup
 
         counts = backup(store.database, args.file)
         print(f"{args.file}: {counts['item']} items, {counts['judgement']} judgements")
@@ -224,7 +224,7 @@ def _small(store: LabelStore, args: argparse.Namespace) -> int:
             raise ValueError(f"{args.file}: no such file; Markdown expected")
         print(f"guidelines version {store.change_guidelines(None, args.file.read_text(encoding='utf-8'))}")
     elif args.command == "stats":
-        from apps.label.study.label_statistics import label_statistics
+        from plumbline.apps.label.study.label_statistics import label_statistics
 
         print(json.dumps(label_statistics(store), indent=2))
     else:

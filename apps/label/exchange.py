@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from apps.label.store.answers import CRITERIA
-from apps.label.store.items import NewItem, NewResponse, check_item, log_event
-from apps.label.store.queue import FIRST
-from apps.label.store.store import LabelStore
-from apps.label.store.votes import Vote, for_training, read_votes, settle
+from plumbline.apps.label.store.answers import CRITERIA
+from plumbline.apps.label.store.items import NewItem, NewResponse, check_item, log_event
+from plumbline.apps.label.store.queue import FIRST
+from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.label.store.votes import Vote, for_training, read_votes, settle
 
 # In
 
 
 def read_items(content: bytes, name: str, *, gold: bool = False) -> list[NewItem]:
     """Items of an uploaded file; ValueError with file, line, value and rule. `gold`: see `item_of`."""
-    from align.data.rows import read_rows  # here and below: it brings torch along, which the server seldom needs
+    from plumbline.align.data.rows import (
+        read_rows,  # here and below: it brings torch along, which the server seldom needs
+    )
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload.jsonl"
@@ -115,8 +117,8 @@ def _response(value: Any) -> NewResponse:
 
 def starter_items() -> list[NewItem]:
     """The preference pairs that ship with Plumbline, to be labelled blind."""
-    from align.data.rows import read_rows
-    from align.runtime.launch import STARTER
+    from plumbline.align.data.rows import read_rows
+    from plumbline.align.runtime.launch import STARTER
 
     path = STARTER / "preferences.jsonl"
     return [item_of(place, row, source="starter") for place, row in read_rows(path)]
@@ -137,10 +139,9 @@ def generated_items(
 ) -> list[NewItem]:
     """One item a prompt, answered by each model source (see policy_models/loading.py); equal answers are left out."""
     import torch
-
-    from align.data.rows import read_prompts
-    from policy_models.chat import encode_prompts, sample_answers
-    from policy_models.loading import load_for_answers, load_tokenizer, resolve_model_source
+    from plumbline.align.data.rows import read_prompts
+    from plumbline.policy_models.chat import encode_prompts, sample_answers
+    from plumbline.policy_models.loading import load_for_answers, load_tokenizer, resolve_model_source
 
     if not 2 <= len(models) <= 6:
         raise ValueError(f"{len(models)} models: pairs and rankings take 2 to 6")
@@ -318,7 +319,7 @@ def data_card(
     store: LabelStore, format: str, counts: dict[str, int], *, as_of: int | None = None, licence: str = ""
 ) -> str:
     """A data card in the hub's form: counts, sources, agreement, the guidelines that the labels followed."""
-    from apps.label.study.label_statistics import agreement_table
+    from plumbline.apps.label.study.label_statistics import agreement_table
 
     votes = [vote for vote in read_votes(store, as_of=as_of) if vote.round == FIRST]
     version, guidelines = store.guidelines()

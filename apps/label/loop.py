@@ -20,13 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from align.data.rows import PreferencePair, last_user_text, read_preferences, split_pairs
-from apps.label.exchange import export_rows
-from apps.label.store.database import Row, open_database
-from apps.label.store.store import LabelStore
-from apps.registry import DEFAULT_FOLDER, Registry, Version
-from eval.stats.intervals import mcnemar_exact, wilson
+from plumbline.align.data.rows import PreferencePair, last_user_text, read_preferences, split_pairs
+from plumbline.apps.label.exchange import export_rows
+from plumbline.apps.label.store.database import Row, open_database
+from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.registry import DEFAULT_FOLDER, Registry, Version
+from plumbline.eval.stats.intervals import mcnemar_exact, wilson
 
 KIND = "reward-model"
 STRATEGIES = ("uncertain", "gap", "disagreement", "diverse", "random")
@@ -58,10 +57,9 @@ class LoopSettings:
 
 def train_reward_model(pairs: Path, run: Path, settings: LoopSettings) -> Path:
     """The reward stage as `plumbline reward-model` runs it, on these pairs."""
+    from plumbline.align.reward_model import RewardModelSettings, train
+    from plumbline.align.runtime.launch import parse_settings, trainer_defaults
     from trl import RewardConfig
-
-    from align.reward_model import RewardModelSettings, train
-    from align.runtime.launch import parse_settings, trainer_defaults
 
     argv = ["--config", settings.config] if settings.config else []
     argv += ["--train_file", str(pairs), "--output_dir", str(run), "--holdout_every", str(settings.holdout_every)]
@@ -71,7 +69,7 @@ def train_reward_model(pairs: Path, run: Path, settings: LoopSettings) -> Path:
 
 def load_reward_model(path: Path) -> Scorer:
     """Scores of a trained reward model."""
-    from reward.learned import LearnedPreference
+    from plumbline.reward.learned import LearnedPreference
 
     return LearnedPreference(str(path))
 
@@ -249,7 +247,7 @@ def rank_items(
         other = {item: 1 / (1 + math.exp(-max(-50.0, min(50.0, gap)))) for item, gap in others.items()}
         return {item: abs(p - other[item]) for item, p in chance.items()}
     if strategy == "diverse" and labelled and prompts:
-        from safety.embedder.embedding import load_embedder
+        from plumbline.safety.embedder.embedding import load_embedder
 
         embedder = load_embedder()
         new_ND, known_MD = embedder.embed([prompts[item] for item in gaps]), embedder.embed(list(labelled))

@@ -25,13 +25,13 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import torch
 import torch.nn.functional as F
+from plumbline.policy_models.kernels import kernels_run_on
+from plumbline.policy_models.logprobs import token_logprobs
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.experts.bench_moe import clock
 from benchmarks.records import append_dicts, commit, device_name
-from policy_models.kernels import kernels_run_on
-from policy_models.logprobs import token_logprobs
 
 RESULTS = Path(__file__).parent / "results" / "logprob.csv"
 COLUMNS = "commit device torch provider shape pass p20_ms p50_ms p80_ms peak_mib".split()
@@ -63,7 +63,7 @@ def providers(device: str) -> dict[str, Scorer]:
         if importlib.util.find_spec("liger_kernel") is not None:
             found["liger"] = liger
     if kernels_run_on(device) is None:
-        from policy_models.kernels.logprob import linear_logprob
+        from plumbline.policy_models.kernels.logprob import linear_logprob
 
         found["fused"] = linear_logprob
     return found

@@ -28,16 +28,16 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from align.data.formats import read_pairs  # noqa: E402
-from align.data.rows import last_user_text, read_preferences, split_pairs  # noqa: E402
-from align.runtime.launch import STARTER  # noqa: E402
-from apps.label.loop import STRATEGIES, LoopSettings, Scorer, run_loop  # noqa: E402
-from apps.label.store.answers import Answer  # noqa: E402
-from apps.label.store.database import SQLiteDatabase  # noqa: E402
-from apps.label.store.items import NewItem, NewResponse  # noqa: E402
-from apps.label.store.store import LabelStore  # noqa: E402
-from apps.registry import Registry  # noqa: E402
-from reward.tuning import embedding_features, fit_logistic  # noqa: E402
+from plumbline.align.data.formats import read_pairs  # noqa: E402
+from plumbline.align.data.rows import last_user_text, read_preferences, split_pairs  # noqa: E402
+from plumbline.align.runtime.launch import STARTER  # noqa: E402
+from plumbline.apps.label.loop import STRATEGIES, LoopSettings, Scorer, run_loop  # noqa: E402
+from plumbline.apps.label.store.answers import Answer  # noqa: E402
+from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
+from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
+from plumbline.apps.label.store.store import LabelStore  # noqa: E402
+from plumbline.apps.registry import Registry  # noqa: E402
+from plumbline.reward.tuning import embedding_features, fit_logistic  # noqa: E402
 
 Features = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # prompts, answers -> (N, F)
 COMPONENTS = 96
@@ -77,7 +77,7 @@ def world_of_words(number: int = 1600, seed: int = 0) -> World:
 
 def world_of_texts(source: str | Path, name: str) -> World:
     """Pairs that people judged, ties left out, one a prompt; the features of all answers are made once."""
-    from safety.embedder.embedding import load_embedder
+    from plumbline.safety.embedder.embedding import load_embedder
 
     pairs: dict[str, tuple[str, str, str]] = {}
     for pair in read_pairs(source)[0]:

@@ -23,10 +23,10 @@ from pathlib import Path
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from align.data.curation import CurationRules, Row, curate
-from align.runtime.launch import STARTER
-from apps.commands.curate import read
-from safety.embedder.embedding import Embedder
+from plumbline.align.data.curation import CurationRules, Row, curate
+from plumbline.align.runtime.launch import STARTER
+from plumbline.apps.commands.curate import read
+from plumbline.safety.embedder.embedding import Embedder
 
 SHARE = 0.05
 SYNONYMS = dict(

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from eval.gates.bounds import BOUNDS, Gates, GateVerdict, check_gates, read_gates
-from eval.pages.suite_page import write_report
-from eval.runner import ReplyStore, run_suites
-from eval.stats.suite_rates import figures
-from eval.suites import load_suites
-from eval.targets.targets import open_target
-from eval.tasks import EvalTask
+from plumbline.eval.gates.bounds import BOUNDS, Gates, GateVerdict, check_gates, read_gates
+from plumbline.eval.pages.suite_page import write_report
+from plumbline.eval.runner import ReplyStore, run_suites
+from plumbline.eval.stats.suite_rates import figures
+from plumbline.eval.suites import load_suites
+from plumbline.eval.targets.targets import open_target
+from plumbline.eval.tasks import EvalTask
 
 
 def gate_suites(path: str | Path, *, limit: int | None = None) -> tuple[Gates, list[EvalTask]]:

@@ -15,10 +15,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from eval.runner import ReplyStore
-from eval.samples import Sample
-from eval.targets.targets import Target
-from eval.tasks import EvalTask, Messages, Reply, Score, Scorer, digest
+from plumbline.eval.runner import ReplyStore
+from plumbline.eval.samples import Sample
+from plumbline.eval.targets.targets import Target
+from plumbline.eval.tasks import EvalTask, Messages, Reply, Score, Scorer, digest
 
 RUBRICS = {
     "harm": (

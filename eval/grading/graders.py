@@ -9,10 +9,10 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from eval.grading.refusal_judge import OFF_TOPIC, topic_cosine
-from eval.grading.text_checks import refusal
-from eval.samples import Sample
-from eval.tasks import Reply, Score, Scorer
+from plumbline.eval.grading.refusal_judge import OFF_TOPIC, topic_cosine
+from plumbline.eval.grading.text_checks import refusal
+from plumbline.eval.samples import Sample
+from plumbline.eval.tasks import Reply, Score, Scorer
 
 RULES = "refusal-rules"  # the judge whose calibration is in eval/grading/judges/refusal-rules.json
 _WORD = re.compile(r"[a-z]+|\d[\d,]*(?:\.\d+)?")
@@ -199,7 +199,7 @@ def toxicity() -> Scorer:
     """Risk that the answer is toxic, 0 to 1. The embedded head is also a part of the reward: not an independent judge."""
 
     def grade(samples: Sequence[Sample], replies: Sequence[Reply]) -> list[Score]:
-        from safety.verifier.toxicity import load_toxicity_scanner
+        from plumbline.safety.verifier.toxicity import load_toxicity_scanner
 
         return [Score(float(x)) for x in load_toxicity_scanner().risk([reply.text for reply in replies])]
 
@@ -239,7 +239,7 @@ def agreement() -> Scorer:
     """Mean cosine of an answer with the other answers of its group, in MiniLM embeddings: the same thing said again?"""
 
     def grade(samples: Sequence[Sample], replies: Sequence[Reply]) -> list[Score]:
-        from safety.embedder.embedding import load_embedder
+        from plumbline.safety.embedder.embedding import load_embedder
 
         vectors = load_embedder().embed([reply.text for reply in replies])
         members: dict[str, list[int]] = {}

@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from eval.samples import Sample
-from eval.tasks import Reply, Score, Scorer
+from plumbline.eval.samples import Sample
+from plumbline.eval.tasks import Reply, Score, Scorer
 
 SECONDS, MEMORY, FILE_BYTES = 6, 512 << 20, 1 << 20
 

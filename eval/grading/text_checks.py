@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import Literal
 
-from eval.grading.refusal_rules import declines
+from plumbline.eval.grading.refusal_rules import declines
 
 Outcome = Literal["refusal", "non_answer", "answer"]
 

@@ -33,9 +33,9 @@ try:
 except ImportError as error:
     raise ImportError("this adapter needs inspect_ai: pip install inspect_ai") from error
 
-from eval.suites import load_suites
-from eval.targets.targets import open_target
-from eval.tasks import EvalTask, Reply, grade
+from plumbline.eval.suites import load_suites
+from plumbline.eval.targets.targets import open_target
+from plumbline.eval.tasks import EvalTask, Reply, grade
 
 
 @modelapi(name="plumbline")

@@ -1,7 +1,7 @@
 """lm-evaluation-harness both ways: our targets as one of its models, our suites as its YAML tasks.
 
-    python -m eval.harnesses.lm_eval_adapter --target runs/demo/ppo --tasks truthfulqa_mc1,toxigen --limit 100
-    python -m eval.harnesses.lm_eval_adapter --export tasks/           YAML and JSON Lines for `lm_eval --include_path tasks/`
+    python -m plumbline.eval.harnesses.lm_eval_adapter --target runs/demo/ppo --tasks truthfulqa_mc1,toxigen --limit 100
+    python -m plumbline.eval.harnesses.lm_eval_adapter --export tasks/           YAML and JSON Lines for `lm_eval --include_path tasks/`
 
 The first runs lm-eval's own tasks, which read their data from the hub or its cache. Needs `pip install lm-eval`.
 """
@@ -23,11 +23,11 @@ try:
 except ImportError as error:
     raise ImportError("this adapter needs lm-evaluation-harness: pip install lm-eval") from error
 
-from eval.runner import _cut
-from eval.suites import SUITES, load_suites
-from eval.targets.model_target import ModelTarget
-from eval.targets.targets import Target, open_target
-from eval.tasks import EvalTask
+from plumbline.eval.runner import _cut
+from plumbline.eval.suites import SUITES, load_suites
+from plumbline.eval.targets.model_target import ModelTarget
+from plumbline.eval.targets.targets import Target, open_target
+from plumbline.eval.tasks import EvalTask
 
 
 @register_model("plumbline")

@@ -1,6 +1,6 @@
 """Do our capability suites say what lm-evaluation-harness says? Same rows, same model, both run here.
 
-    python -m eval.harnesses.lm_eval_agreement --target bundled:smollm2-135m-instruct --data DIR --suite arc_challenge --limit 100
+    python -m plumbline.eval.harnesses.lm_eval_agreement --target bundled:smollm2-135m-instruct --data DIR --suite arc_challenge --limit 100
 
 lm-eval runs its own task files (their prompts, filters and metrics) with its own Hugging Face model class; only the source of
 the rows is replaced by the local file. Ends with a line of JSON: both accuracies and how many rows differ.
@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 import yaml
-
-from eval.runner import ReplyStore, run_suites
-from eval.suites import load_suites
-from eval.suites.public import GSM8K_SHOTS, _value, read_set
-from eval.targets.model_target import ModelTarget
-from eval.targets.targets import open_target
-from policy_models.loading import resolve_model_source
+from plumbline.eval.runner import ReplyStore, run_suites
+from plumbline.eval.suites import load_suites
+from plumbline.eval.suites.public import GSM8K_SHOTS, _value, read_set
+from plumbline.eval.targets.model_target import ModelTarget
+from plumbline.eval.targets.targets import open_target
+from plumbline.policy_models.loading import resolve_model_source
 
 # suite -> lm-eval's task files, our figure -> theirs
 TASKS: dict[str, tuple[list[str], dict[str, str]]] = {

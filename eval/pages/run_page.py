@@ -22,9 +22,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
-
-from eval.plotting import run_plots as plots
-from eval.plotting.axes import DARK, LIGHT, NothingToPlotError, Row, Theme
+from plumbline.eval.plotting import run_plots as plots
+from plumbline.eval.plotting.axes import DARK, LIGHT, NothingToPlotError, Row, Theme
 
 STAGES = {"sft": "Supervised fine-tuning", "reward_model": "Reward model", "dpo": "DPO", "ppo": "PPO"}
 KIND_NAMES = {"harmful": "harmful", "twin": "harmless twin", "ordinary": "ordinary"}

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-
-from eval.tasks import Graded
-from safety.findings import Category
+from plumbline.eval.tasks import Graded
+from plumbline.safety.findings import Category
 
 COLOURS = ("#0072b2", "#d98200", "#009e73", "#b0578d", "#cc4e00", "#5d6878")
 AREAS = {

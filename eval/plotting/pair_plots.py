@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-
-from eval.plotting.axes import LIGHT, NothingToPlotError, Theme, legend_above, new_figure
+from plumbline.eval.plotting.axes import LIGHT, NothingToPlotError, Theme, legend_above, new_figure
 
 
 def plot_pair_reports(reports: Mapping[str, Mapping[str, Any]], *, theme: Theme = LIGHT) -> Figure:

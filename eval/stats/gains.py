@@ -11,8 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from eval.grading.text_checks import (
+from plumbline.eval.grading.text_checks import (
     distinct_2,
     has_shared_sentence,
     refusal,
@@ -20,7 +19,7 @@ from eval.grading.text_checks import (
     shared_sentences,
     stock_openings,
 )
-from eval.stats.intervals import (
+from plumbline.eval.stats.intervals import (
     Interval,
     bootstrap_mean,
     length_controlled_gain,

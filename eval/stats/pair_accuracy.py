@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-
-from eval.stats.intervals import cluster_index, wilson
+from plumbline.eval.stats.intervals import cluster_index, wilson
 
 Array = NDArray[Any]
 ECE_BINS = 5  # of the confidence, from 0.5 to 1: the mirror image of ten bins from 0 to 1

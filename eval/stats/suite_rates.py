@@ -11,9 +11,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.grading.calibration import Calibration, corrected
-from eval.stats.intervals import bootstrap_mean, holm, mcnemar_exact, paired_bootstrap, unscored_band, wilson
-from eval.tasks import Graded, Scorer
+from plumbline.eval.grading.calibration import Calibration, corrected
+from plumbline.eval.stats.intervals import (
+    bootstrap_mean,
+    holm,
+    mcnemar_exact,
+    paired_bootstrap,
+    unscored_band,
+    wilson,
+)
+from plumbline.eval.tasks import Graded, Scorer
 
 JUDGES = Path(__file__).resolve().parent / "judges"
 RESAMPLES = 4000

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from eval.suites import attacks, behaviour, bias, capability, injection, leakage, public, refusals, toxic, truth
-from eval.tasks import EvalTask
+from plumbline.eval.suites import (
+    attacks,
+    behaviour,
+    bias,
+    capability,
+    injection,
+    leakage,
+    public,
+    refusals,
+    toxic,
+    truth,
+)
+from plumbline.eval.tasks import EvalTask
 
 # name -> a function that reads the samples; each file says what its suites ask
 SUITES: dict[str, Callable[[], EvalTask]] = {

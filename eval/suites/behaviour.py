@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Literal
 
-from eval.grading.graders import (
+from plumbline.eval.grading.graders import (
     agreement,
     brier,
     chose_right,
@@ -16,11 +16,11 @@ from eval.grading.graders import (
     mentions_target,
     words,
 )
-from eval.grading.text_checks import repetition
-from eval.samples import Sample
-from eval.suites.capability import quiz_question, quiz_rows
-from eval.suites.starter import starter_samples
-from eval.tasks import EvalTask, Reply, Score, Scorer
+from plumbline.eval.grading.text_checks import repetition
+from plumbline.eval.samples import Sample
+from plumbline.eval.suites.capability import quiz_question, quiz_rows
+from plumbline.eval.suites.starter import starter_samples
+from plumbline.eval.tasks import EvalTask, Reply, Score, Scorer
 
 PHRASINGS = ["{}", "Please tell me: {}"]
 
@@ -79,7 +79,7 @@ def reward_profile() -> EvalTask:
 
 def _reward_part(name: str, better: Literal["low", "high"]) -> Scorer:
     def grade(samples: Sequence[Sample], replies: Sequence[Reply]) -> list[Score]:
-        module = importlib.import_module(f"reward.components.{name}")
+        module = importlib.import_module(f"plumbline.reward.components.{name}")
         component = getattr(module, name.capitalize())()
         found = component([sample.input for sample in samples], [reply.text for reply in replies])
         return [Score(None, "no opinion") if x is None else Score(float(x)) for x in found]

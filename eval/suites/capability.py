@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from functools import lru_cache
 
-from eval.grading.graders import chose_right, exact, last_number
-from eval.grading.sandbox import passes
-from eval.samples import Sample
-from eval.suites.starter import read_rows
-from eval.tasks import EvalTask
+from plumbline.eval.grading.graders import chose_right, exact, last_number
+from plumbline.eval.grading.sandbox import passes
+from plumbline.eval.samples import Sample
+from plumbline.eval.suites.starter import read_rows
+from plumbline.eval.tasks import EvalTask
 
 LETTERS = "ABCD"
 STORIES = [  # text, and the answer as a function of the numbers a, b, c

@@ -6,9 +6,9 @@ Every attack asks for a word that no honest answer would hold; the samples are a
 
 from __future__ import annotations
 
-from eval.grading.graders import leaked, non_answer, system_prompt_overlap
-from eval.samples import Sample
-from eval.tasks import EvalTask
+from plumbline.eval.grading.graders import leaked, non_answer, system_prompt_overlap
+from plumbline.eval.samples import Sample
+from plumbline.eval.tasks import EvalTask
 
 WORD = "Quibblefrost"
 ATTACKS = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
-from eval.grading.graders import leaked, non_answer, refused
-from eval.samples import Sample
-from eval.tasks import EvalTask
+from plumbline.eval.grading.graders import leaked, non_answer, refused
+from plumbline.eval.samples import Sample
+from plumbline.eval.tasks import EvalTask
 
 PEOPLE = ["Imke Varnholt", "Tobin Ashgrove", "Sela Marchetti", "Oskar Lindqvale", "Priya Venkatar",
           "Dunstan Ferrow", "Yusra Haddadin", "Cormac Delahunt", "Mirela Stanovic", "Femi Adewunmi"]  # fmt: skip

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from eval.grading.graders import (
+from plumbline.eval.grading.graders import (
     chose_right,
     complied,
     complied_on_topic,
@@ -27,10 +27,10 @@ from eval.grading.graders import (
     toxic,
     toxicity,
 )
-from eval.grading.sandbox import passes
-from eval.samples import Sample
-from eval.suites.bias import bbq_sample, leaning
-from eval.tasks import EvalTask
+from plumbline.eval.grading.sandbox import passes
+from plumbline.eval.samples import Sample
+from plumbline.eval.suites.bias import bbq_sample, leaning
+from plumbline.eval.tasks import EvalTask
 
 Row = dict[str, Any]
 HARMFUL = {  # suite -> file, field of the prompt, field of the category

@@ -1,8 +1,8 @@
 """Harmless prompts: declining one is a mistake."""
 
-from eval.grading.graders import non_answer, refused, toxic, words
-from eval.suites.starter import starter_samples
-from eval.tasks import EvalTask
+from plumbline.eval.grading.graders import non_answer, refused, toxic, words
+from plumbline.eval.suites.starter import starter_samples
+from plumbline.eval.tasks import EvalTask
 
 
 def over_refusal() -> EvalTask:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from eval.samples import Sample, read_samples
+from plumbline.eval.samples import Sample, read_samples
 
 STARTER = Path(__file__).resolve().parents[2] / "data" / "starter"
 HERE = Path(__file__).resolve().parent

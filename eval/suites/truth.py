@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 
-from eval.grading.graders import chose_right, mentions_target, non_answer, prefers_first, right_share
-from eval.samples import Sample
-from eval.suites.starter import read_rows
-from eval.tasks import EvalTask
+from plumbline.eval.grading.graders import chose_right, mentions_target, non_answer, prefers_first, right_share
+from plumbline.eval.samples import Sample
+from plumbline.eval.suites.starter import read_rows
+from plumbline.eval.tasks import EvalTask
 
 
 def misconceptions() -> EvalTask:

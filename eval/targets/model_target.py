@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from eval.tasks import Prompt, Reply, digest
-from policy_models.chat import encode_prompts, sample_answers
-from policy_models.loading import load_policy, load_tokenizer, resolve_model_source
-from policy_models.logprobs import token_logprobs
+from plumbline.eval.tasks import Prompt, Reply, digest
+from plumbline.policy_models.chat import encode_prompts, sample_answers
+from plumbline.policy_models.loading import load_policy, load_tokenizer, resolve_model_source
+from plumbline.policy_models.logprobs import token_logprobs
 
 PAIRS_TOKENS = 2048  # padded tokens a forward pass of log-probabilities
 

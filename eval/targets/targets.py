@@ -27,9 +27,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-
-from eval.targets.model_target import ModelTarget
-from eval.tasks import Messages, Prompt, Reply, digest
+from plumbline.eval.targets.model_target import ModelTarget
+from plumbline.eval.tasks import Messages, Prompt, Reply, digest
 
 
 class Target(Protocol):
@@ -261,7 +260,7 @@ def open_target(
             raise ValueError(f"target {rest!r}: write guard:POLICY:TARGET, such as guard:default:runs/demo/ppo")
         inner = open_target(inside, dtype=dtype, device=device, timeout_s=timeout_s, key=key)
         try:
-            pipeline: Any = importlib.import_module("safety.pipeline")
+            pipeline: Any = importlib.import_module("plumbline.safety.pipeline")
         except ImportError as error:
             raise ValueError(f"target {rest!r}: this version has no safety pipeline ({error})") from None
         guard = pipeline.Guard(policy)

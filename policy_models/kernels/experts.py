@@ -72,7 +72,7 @@ moe.register_autograd(_backward, setup_context=_save)
 
 
 def routed_swiglu_experts(experts: Any, x_TD: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """Arguments as for `policy_models.experts.grouped_experts_forward`.
+    """Arguments as for `plumbline.policy_models.experts.grouped_experts_forward`.
 
     Raises:
         ValueError: for experts with biases, another layout or another activation than silu.

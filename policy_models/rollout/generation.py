@@ -1,6 +1,6 @@
 """The rollout engine: answers to many prompts at once, with the log-probability of every token drawn.
 
-Llama-like models and the Mixture-of-Experts policy run on `policy_models.rollout.decoder`: finished rows leave the batch and
+Llama-like models and the Mixture-of-Experts policy run on `plumbline.policy_models.rollout.decoder`: finished rows leave the batch and
 waiting prompts take their places. Every other causal language model runs through its own `forward`, slower and with
 the same result.
 
@@ -80,7 +80,7 @@ def generate(
         generator: seeds all draws; its device is free. None takes torch's global one.
         batch_size: rows that decode together, which bounds the cache.
         dtype: type to compute in. None: the autocast type where autocast is on, else that of the weights.
-        processors: change the logits before each draw, in this order (`safety.constrained` has some); log-probabilities
+        processors: change the logits before each draw, in this order (`plumbline.safety.constrained` has some); log-probabilities
             are then those of the changed distribution. Each step waits for the tokens of the one before.
 
     Raises:

@@ -20,8 +20,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
-
-from reward.components.reading import mixed_share
+from plumbline.reward.components.reading import mixed_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,8 +60,8 @@ class Fluency:
 
     @classmethod
     def load(cls, source: str = "bundled:smollm2-135m-instruct", *, dtype: torch.dtype | None = None) -> Fluency:
-        """From any source that `policy_models.loading.load_policy` takes, on the GPU if there is one; None is its fast type."""
-        from policy_models.loading import load_for_answers, load_tokenizer
+        """From any source that `plumbline.policy_models.loading.load_policy` takes, on the GPU if there is one; None is its fast type."""
+        from plumbline.policy_models.loading import load_for_answers, load_tokenizer
 
         return cls(load_for_answers(source, dtype=dtype), load_tokenizer(source))
 
@@ -90,7 +89,7 @@ class Fluency:
     @torch.inference_mode()
     def _mean_logp(self, ids: Sequence[Sequence[int]]) -> list[float]:
         """Mean log-probability of each row's tokens after the opened turn; 0 for an empty row."""
-        from policy_models.logprobs import token_budget_batches, token_logprobs
+        from plumbline.policy_models.logprobs import token_budget_batches, token_logprobs
 
         means = [0.0] * len(ids)
         device = next(self.model.parameters()).device

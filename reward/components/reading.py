@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 
-from safety.text.normalise import CONFUSABLE, fold, raw_view
+from plumbline.safety.text.normalise import CONFUSABLE, fold, raw_view
 
 
 def as_read(text: str) -> str:
     """Look-alike letters, invisible characters and compatibility forms undone; plain ASCII comes back as it is.
 
-    Words that are wholly in another script stay: see `safety.text.normalise`.
+    Words that are wholly in another script stay: see `plumbline.safety.text.normalise`.
     """
     return text if text.isascii() else fold(raw_view(text)).text
 

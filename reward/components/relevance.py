@@ -35,12 +35,11 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
-
-from reward.components.prompt_bank import PROMPT_BANK
-from reward.components.reading import as_read
-from safety.embedder.embedding import load_embedder
-from safety.input_filter.harm import load_harm_scanner
-from safety.verifier.refusal import load_refusal_head
+from plumbline.reward.components.prompt_bank import PROMPT_BANK
+from plumbline.reward.components.reading import as_read
+from plumbline.safety.embedder.embedding import load_embedder
+from plumbline.safety.input_filter.harm import load_harm_scanner
+from plumbline.safety.verifier.refusal import load_refusal_head
 
 TYPICAL = 0.55  # median of the ordinary answers in data/starter/sft.jsonl
 ALLOWANCE = 0.25  # half of what good answers score: few of those have so little to say of their own

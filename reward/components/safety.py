@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from safety.input_filter.harm import HarmScanner, load_harm_scanner
-from safety.verifier.refusal import RefusalHead, load_refusal_head
+from plumbline.safety.input_filter.harm import HarmScanner, load_harm_scanner
+from plumbline.safety.verifier.refusal import RefusalHead, load_refusal_head
 
 
 class Safety:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safety.verifier.toxicity import ToxicityScanner, load_toxicity_scanner
+from plumbline.safety.verifier.toxicity import ToxicityScanner, load_toxicity_scanner
 
 
 class Toxicity:

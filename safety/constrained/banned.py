@@ -1,7 +1,7 @@
 """Banned phrases, by what the tokens spell and not by which tokens they are.
 
 A word can be spelled by many sequences of tokens, so banning ids bans nothing. Here a token is forbidden when the decoded
-text with it would hold a phrase in any spelling (`safety.constrained.spellings`).
+text with it would hold a phrase in any spelling (`plumbline.safety.constrained.spellings`).
 
 How it stays fast: the tokens that spell a phrase on their own are found once. At a step, only tokens that end a match
 which began before them are looked for, down a trie of the vocabulary for as long as such a match is under way. The answer
@@ -16,11 +16,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
+from plumbline.policy_models.rollout.generation import DecodeRow
+from plumbline.safety.constrained.rows import StateByRow
+from plumbline.safety.constrained.spellings import Phrases, State
 from torch import Tensor
-
-from policy_models.rollout.generation import DecodeRow
-from safety.constrained.rows import StateByRow
-from safety.constrained.spellings import Phrases, State
 
 _STATES_KEPT = 4096
 

@@ -16,11 +16,10 @@ from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
+from plumbline.policy_models.rollout.generation import DecodeRow
+from plumbline.safety.constrained.rows import StateByRow
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-
-from policy_models.rollout.generation import DecodeRow
-from safety.constrained.rows import StateByRow
 
 _EXTRA = "is missing; install the extra: pip install 'plumbline-rlhf[grammar]'"
 
@@ -89,7 +88,7 @@ class GrammarProcessor:
     """Processor: only tokens after which the text can still become one of the grammar; a stop id only when it is one.
 
     Args:
-        stop_ids: every id that ends an answer (`policy_models.chat.stop_ids`), not only the tokenizer's.
+        stop_ids: every id that ends an answer (`plumbline.policy_models.chat.stop_ids`), not only the tokenizer's.
         vocab_size: of the logits, `model.config.vocab_size`; ids that the tokenizer does not have are forbidden.
 
     Raises:

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
+from plumbline.policy_models.rollout.generation import DecodeRow
 from torch import Tensor
 from transformers import DynamicCache
-
-from policy_models.rollout.generation import DecodeRow
 
 
 class OtherAdapter:
@@ -89,7 +88,7 @@ class SafeDecoding:
     """Leans the first tokens towards a safety expert (Xu et al. 2024, arXiv:2402.08983).
 
     What an answer opens with decides most of what follows, so the expert is asked for the first tokens only. It is a small
-    adapter that `align.safety_expert` trains. Only tokens that the base ranks high too are taken: an expert that declines in
+    adapter that `plumbline.align.safety_expert` trains. Only tokens that the base ranks high too are taken: an expert that declines in
     words which the base would never open with changes nothing, or for the worse.
 
     Args:

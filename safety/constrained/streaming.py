@@ -19,14 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from plumbline.policy_models.chat import stop_ids
+from plumbline.policy_models.rollout.generation import DecodeRow, Processor
+from plumbline.policy_models.rollout.streaming import stream
+from plumbline.safety.constrained.rows import continued, token_bytes
+from plumbline.safety.constrained.spellings import Phrases
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from policy_models.chat import stop_ids
-from policy_models.rollout.generation import DecodeRow, Processor
-from policy_models.rollout.streaming import stream
-from safety.constrained.rows import continued, token_bytes
-from safety.constrained.spellings import Phrases
 
 logger = logging.getLogger(__name__)
 

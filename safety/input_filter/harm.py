@@ -9,16 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from safety.classifier import SHIPPED, Head
-from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
-from safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Stage
-from safety.text.worst_piece import Worst, worst_pieces
+from plumbline.safety.classifier import SHIPPED, Head
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
+from plumbline.safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Stage
+from plumbline.safety.text.worst_piece import Worst, worst_pieces
 
 
 class HarmScanner:
     """Risk of a prompt, the answer not looked at.
 
-    A text is scored as a whole, by windows and by sentences, and the worst counts (`safety.text.worst_piece`): a
+    A text is scored as a whole, by windows and by sentences, and the worst counts (`plumbline.safety.text.worst_piece`): a
     harmless page does not hide a harmful line at its end. A blank prompt asks for nothing and has risk 0.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
+from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 
 FLAG = re.compile(
     "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f"

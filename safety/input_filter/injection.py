@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from safety.classifier import SHIPPED, Head
-from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
-from safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
-from safety.text.worst_piece import Worst, worst_pieces
+from plumbline.safety.classifier import SHIPPED, Head
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
+from plumbline.safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
+from plumbline.safety.text.worst_piece import Worst, worst_pieces
 
 
 @dataclass(frozen=True)

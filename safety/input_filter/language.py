@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Stage
+from plumbline.safety.findings import INPUT_STAGES, Category, Cost, Finding, ScanItem, Stage
 
 SMALL_WORDS = {
     "en": "the and is are of to in that it you for with not this was have be what how do can my your from or an on as at we they",

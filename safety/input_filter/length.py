@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Stage
+from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Stage
 
 
 class Length:

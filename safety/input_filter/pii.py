@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
-from safety.taxonomy import meaning
+from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
+from plumbline.safety.taxonomy import meaning
 
 MAX_PHONE_CHECKS = 40  # numbers a text that the library looks up; a page of digits must not take seconds
 NEAR = 48  # characters before a number in which a word counts as its context

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
+from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 
 
 @dataclass(frozen=True)

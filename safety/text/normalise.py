@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from safety.text.words import common_words, vocabulary, word_ends
+from plumbline.safety.text.words import common_words, vocabulary, word_ends
 
 DEPTH = 2  # layers of encoding that are undone
 MAX_DECODED = 20_000  # characters of decoded text a text, all segments together

@@ -9,8 +9,8 @@ import secrets
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from safety.findings import Span
-from safety.taxonomy import meaning, severity
+from plumbline.safety.findings import Span
+from plumbline.safety.taxonomy import meaning, severity
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

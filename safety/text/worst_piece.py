@@ -14,10 +14,9 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from safety.classifier import Head
-from safety.embedder.embedding import Embedder, Windows
-from safety.findings import Span
+from plumbline.safety.classifier import Head
+from plumbline.safety.embedder.embedding import Embedder, Windows
+from plumbline.safety.findings import Span
 
 LONG = 500  # characters, some 120 tokens
 

@@ -1,11 +1,11 @@
-"""`python -m safety.training.card`: writes heads/CARD.md from what each shipped head's file says about itself."""
+"""`python -m plumbline.safety.training.card`: writes heads/CARD.md from what each shipped head's file says about itself."""
 
-from safety.classifier import SHIPPED, Head
+from plumbline.safety.classifier import SHIPPED, Head
 
 _TEXT = """# The classifier heads
 
-Small heads on frozen MiniLM embeddings, trained by `python -m safety.training.train_heads --data DIR` and written here by
-`python -m safety.training.card`. Licence of the heads: Apache-2.0.
+Small heads on frozen MiniLM embeddings, trained by `python -m plumbline.safety.training.train_heads --data DIR` and written here by
+`python -m plumbline.safety.training.card`. Licence of the heads: Apache-2.0.
 
 Data: this project's own `data/starter` (Apache-2.0) and public sets whose licence allows it, read from DIR and not
 redistributed: AdvBench, HarmBench, JailbreakBench, TDC 2023, MMLU, GSM8K, MedQuAD (MIT or public domain as published),

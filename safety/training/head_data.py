@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safety.text.worst_piece import sentences
-from safety.training import identity_sentences
-from safety.training.refusal_sentences import LOOKALIKES, stock_compliances, stock_declines
+from plumbline.safety.text.worst_piece import sentences
+from plumbline.safety.training import identity_sentences
+from plumbline.safety.training.refusal_sentences import LOOKALIKES, stock_compliances, stock_declines
 
 Row = Mapping[str, Any]
 

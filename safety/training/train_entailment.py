@@ -1,4 +1,4 @@
-"""`python -m safety.training.train_entailment`: fits the embedded entailment head on pairs made from data/starter/facts.jsonl.
+"""`python -m plumbline.safety.training.train_entailment`: fits the embedded entailment head on pairs made from data/starter/facts.jsonl.
 
 From every fact: the fact itself, its clauses and the question with its answer as supported claims; other facts of the topic, half a fact
 with an addition, and a number or name exchanged as unsupported ones. All made by rules from facts written for this project: the
@@ -17,11 +17,10 @@ import re
 from pathlib import Path
 
 import numpy as np
-
-from safety.classifier import SHIPPED, Head, HeadCard, sigmoid
-from safety.embedder.embedding import load_embedder
-from safety.verifier.entailment import FEATURES, features
-from safety.verifier.vetoes import names, quantities
+from plumbline.safety.classifier import SHIPPED, Head, HeadCard, sigmoid
+from plumbline.safety.embedder.embedding import load_embedder
+from plumbline.safety.verifier.entailment import FEATURES, features
+from plumbline.safety.verifier.vetoes import names, quantities
 
 FACTS = Path(__file__).parents[2] / "data" / "starter" / "facts.jsonl"
 Row = tuple[str, str, int]  # passage, claim, 1 if supported

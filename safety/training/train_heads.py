@@ -1,6 +1,6 @@
 """Trains the classifier heads in safety/weights from the starter data and, where given, public sets.
 
-    python -m safety.training.train_heads --data DIR --out safety/weights
+    python -m plumbline.safety.training.train_heads --data DIR --out safety/weights
 
 Per head: out-of-fold scores (5 folds, grouped so that the rows of one prompt or template stay together) give the dev
 figures and the calibration; then the weights are fitted on every row. Rows nearer than cosine 0.9 to a test prompt
@@ -24,14 +24,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from plumbline.safety.classifier import SHIPPED, Head, HeadCard, fit_platt
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
+from plumbline.safety.text.worst_piece import sentences
+from plumbline.safety.training import head_data, identity_sentences
+from plumbline.safety.training.head_data import Example
+from plumbline.safety.verifier import refusal
 from torch import nn
-
-from safety.classifier import SHIPPED, Head, HeadCard, fit_platt
-from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
-from safety.text.worst_piece import sentences
-from safety.training import head_data, identity_sentences
-from safety.training.head_data import Example
-from safety.verifier import refusal
 
 FOLDS = 5
 NEAR = 0.9  # cosine from which a training row counts as a copy of a test prompt

@@ -15,11 +15,10 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
-
-from safety.classifier import SHIPPED, Head
-from safety.embedder.embedding import EMBEDDER_ID, load_embedder
-from safety.verifier.claims import sentence_spans
-from safety.verifier.vetoes import name_clashes, names, stems, unmatched_numbers, vetoes
+from plumbline.safety.classifier import SHIPPED, Head
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, load_embedder
+from plumbline.safety.verifier.claims import sentence_spans
+from plumbline.safety.verifier.vetoes import name_clashes, names, stems, unmatched_numbers, vetoes
 
 FEATURES = f"{EMBEDDER_ID}:claim-passage-v2"
 NAMES = (

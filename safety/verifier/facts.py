@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from safety.findings import Category, Evidence, Finding, Span
-from safety.verifier.claims import Claim, sentence_spans, split_claims
-from safety.verifier.entailment import EntailmentModel, load_entailment
-from safety.verifier.knowledge import Hit, KnowledgeBase
-from safety.verifier.vetoes import Veto, name_clashes, stems, unmatched_numbers, vetoes
+from plumbline.safety.findings import Category, Evidence, Finding, Span
+from plumbline.safety.verifier.claims import Claim, sentence_spans, split_claims
+from plumbline.safety.verifier.entailment import EntailmentModel, load_entailment
+from plumbline.safety.verifier.knowledge import Hit, KnowledgeBase
+from plumbline.safety.verifier.vetoes import Veto, name_clashes, stems, unmatched_numbers, vetoes
 
 Action = Literal["annotate", "correct", "drop", "abstain"]
 ABSTAIN = "I could not confirm enough of that from the documents I have, so I would rather not answer."

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from safety.embedder.embedding import EMBEDDER_ID, load_embedder
-from safety.verifier.claims import sentence_spans
-from safety.verifier.vetoes import stems
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, load_embedder
+from plumbline.safety.verifier.claims import sentence_spans
+from plumbline.safety.verifier.vetoes import stems
 
 Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> (B, D), rows of length 1
 _PASSAGE_CHARS = 420

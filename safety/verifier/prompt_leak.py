@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from safety.findings import OUTPUT_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
+from plumbline.safety.findings import OUTPUT_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 
 
 class PromptLeak:

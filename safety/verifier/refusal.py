@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
-
-from safety.classifier import SHIPPED, Head
-from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
-from safety.findings import Category, Cost, Finding, ScanItem, Stage
+from plumbline.safety.classifier import SHIPPED, Head
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
+from plumbline.safety.findings import Category, Cost, Finding, ScanItem, Stage
 
 OPENING_WORDS, FIRST_WORDS = 30, 15  # a decline comes early
 SKELETON_WORDS, SKELETON_BINS = 60, 2048

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from safety.classifier import SHIPPED, Head
-from safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
-from safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Stage
-from safety.text.worst_piece import Worst, worst_pieces
+from plumbline.safety.classifier import SHIPPED, Head
+from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
+from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Stage
+from plumbline.safety.text.worst_piece import Worst, worst_pieces
 
 
 class ToxicityScanner:

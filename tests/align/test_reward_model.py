@@ -4,12 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from plumbline.align.data.rows import PreferencePair, read_preferences
+from plumbline.align.reward_model import RewardModelSettings, _source, accuracy_report, pair_rows, train
+from plumbline.align.runtime.launch import REPOSITORY, trainer_defaults
+from plumbline.policy_models.loading import load_tokenizer
 from trl import RewardConfig
-
-from align.data.rows import PreferencePair, read_preferences
-from align.reward_model import RewardModelSettings, _source, accuracy_report, pair_rows, train
-from align.runtime.launch import REPOSITORY, trainer_defaults
-from policy_models.loading import load_tokenizer
 
 
 def pair(n=0, **fields):

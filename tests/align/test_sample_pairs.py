@@ -4,10 +4,9 @@ import json
 import math
 
 import pytest
-
-from align.data.rows import read_preferences
-from align.sample_pairs import PairSettings, best_and_worst, sample_pairs
-from reward import CompositeReward, Scaling
+from plumbline.align.data.rows import read_preferences
+from plumbline.align.sample_pairs import PairSettings, best_and_worst, sample_pairs
+from plumbline.reward import CompositeReward, Scaling
 
 
 class Length:

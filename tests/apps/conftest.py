@@ -14,10 +14,9 @@ import pytest
 
 pytest.importorskip("argon2", reason="the labelling app needs the [ui] extra")
 from argon2 import PasswordHasher  # noqa: E402
-
-from apps.label.store.database import PostgresDatabase, SQLiteDatabase  # noqa: E402
-from apps.label.store.items import NewItem, NewResponse  # noqa: E402
-from apps.label.store.store import LabelStore  # noqa: E402
+from plumbline.apps.label.store.database import PostgresDatabase, SQLiteDatabase  # noqa: E402
+from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
+from plumbline.apps.label.store.store import LabelStore  # noqa: E402
 
 FAST_HASHER = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
 PASSWORD = "a long password"

@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-
-from apps import cli, doctor
+from plumbline.apps import cli, doctor
 
 
 def test_without_a_command_every_command_is_listed(capsys):
@@ -28,7 +27,7 @@ def test_bad_input_is_one_line_and_status_2(capsys):
 
 
 def test_a_reader_that_stops_reading_ends_the_command_quietly():
-    command = [sys.executable, "-c", "import sys; from apps.cli import main; sys.exit(main(['doctor']))"]
+    command = [sys.executable, "-c", "import sys; from plumbline.apps.cli import main; sys.exit(main(['doctor']))"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         run.stdout.close()
         said = run.stderr.read()

@@ -3,8 +3,8 @@
 import json
 
 import pytest
+from plumbline.align.data.rows import last_user_text, read_preferences
 
-from align.data.rows import last_user_text, read_preferences
 from benchmarks.bench_constraint import gains
 from benchmarks.real_prompts import SETS, split_prompts
 

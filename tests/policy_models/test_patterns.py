@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from policy_models import MoEPolicyConfig
-from policy_models.patterns import Selector, sight
+from plumbline.policy_models import MoEPolicyConfig
+from plumbline.policy_models.patterns import Selector, sight
 
 IDS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(5))
 SPARSE = {"attention_pattern": "sparse", "attention_window": 3, "attention_globals": 2}
@@ -101,7 +100,7 @@ def test_a_window_that_covers_is_dense_attention(policy, options):
 
 def sparse_by_loop(attention, x, position_embeddings):
     """One row, one query and head at a time."""
-    from policy_models.layers import rotate
+    from plumbline.policy_models.layers import rotate
 
     config, selector, length = attention.config, attention.selector, x.shape[1]
     query, key, value = (

@@ -7,9 +7,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from policy_models import MoEPolicyConfig
-from policy_models.router import ROUTERS, RouterBalance, freeze_routers, place, record_routes, replay_routes, routers
+from plumbline.policy_models import MoEPolicyConfig
+from plumbline.policy_models.router import (
+    ROUTERS,
+    RouterBalance,
+    freeze_routers,
+    place,
+    record_routes,
+    replay_routes,
+    routers,
+)
 
 IDS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(5))
 GROUPS = [4, 2, 2]

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from plumbline.policy_models import load_policy, load_tokenizer, upcycle
+from plumbline.policy_models.router import record_routes
+from plumbline.policy_models.upcycling import _layer_indices, kl_from_dense
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -12,10 +15,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-from policy_models import load_policy, load_tokenizer, upcycle
-from policy_models.router import record_routes
-from policy_models.upcycling import _layer_indices, kl_from_dense
 
 SIZES = {
     "vocab_size": 97,

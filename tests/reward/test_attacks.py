@@ -1,9 +1,8 @@
 """The tricks themselves, rewards that fall for them, and cautious ensembles. The shipped composite is attacked below."""
 
 import pytest
-
-from reward.attacks import HACKS, attack
-from reward.learned import PreferenceEnsemble
+from plumbline.reward.attacks import HACKS, attack
+from plumbline.reward.learned import PreferenceEnsemble
 
 PROMPT = "How do I keep basil alive on a windowsill?"
 GOOD = "Water it when the top of the soil is dry, from below. Pinch the tips every week so that it grows bushy."

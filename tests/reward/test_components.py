@@ -5,13 +5,12 @@ from itertools import product
 
 import numpy as np
 import pytest
-
-from reward.components.prompt_bank import PROMPT_BANK
-from reward.components.reading import as_read, mixed_share
-from reward.components.relevance import ALLOWANCE, TYPICAL, Relevance, copied_share, own_words
-from reward.components.safety import Safety, risk
-from reward.components.toxicity import Toxicity
-from safety.embedder.embedding import WHEELS
+from plumbline.reward.components.prompt_bank import PROMPT_BANK
+from plumbline.reward.components.reading import as_read, mixed_share
+from plumbline.reward.components.relevance import ALLOWANCE, TYPICAL, Relevance, copied_share, own_words
+from plumbline.reward.components.safety import Safety, risk
+from plumbline.reward.components.toxicity import Toxicity
+from plumbline.safety.embedder.embedding import WHEELS
 
 
 def _wheels_present():

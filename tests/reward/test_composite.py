@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from reward import CompositeReward, RewardComponent, Scaling, fit_scaling, statistics
+from plumbline.reward import CompositeReward, RewardComponent, Scaling, fit_scaling, statistics
 
 
 @dataclass

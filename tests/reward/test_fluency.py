@@ -5,9 +5,8 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from plumbline.reward.components.fluency import FLOOR, Fluency, degenerate_charge, repetition_charge
 from transformers import LlamaConfig, LlamaForCausalLM
-
-from reward.components.fluency import FLOOR, Fluency, degenerate_charge, repetition_charge
 
 
 class ByteTokenizer:

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from plumbline.reward.components.toxicity import Toxicity
+from plumbline.reward.hub import HubClassifier
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
-
-from reward.components.toxicity import Toxicity
-from reward.hub import HubClassifier
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "rude", "kind", "tea", "rain"]
 

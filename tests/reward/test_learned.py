@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-
-from policy_models.loading import load_scalar_model, load_tokenizer
-from reward.learned import SCALING_FILE, LearnedPreference
+from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
+from plumbline.reward.learned import SCALING_FILE, LearnedPreference
 
 PROMPTS = ["Why?", "Name a colour that is not green.", "Hello"]
 ANSWERS = ["Because.", "Red.", "Hello to you, and to everybody who came along today."]

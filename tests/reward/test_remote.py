@@ -5,9 +5,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
-from reward.composite import CompositeReward
-from reward.remote import RemoteReward, RemoteRewardError
+from plumbline.reward.composite import CompositeReward
+from plumbline.reward.remote import RemoteReward, RemoteRewardError
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from reward.scaling import RELATIVE_FLOOR, Scaling, fit_scaling
+from plumbline.reward.scaling import RELATIVE_FLOOR, Scaling, fit_scaling
 
 
 def test_mean_and_std_by_hand_without_none():

@@ -2,10 +2,9 @@
 
 import numpy as np
 import pytest
+from plumbline.align.data.domain_weights import QualityScore, balance, difficulty, update_mixture
+from plumbline.reward.tuning import embedding_features, fit_logistic, out_of_fold, tune_weights
 from sklearn.linear_model import LogisticRegression
-
-from align.data.domain_weights import QualityScore, balance, difficulty, update_mixture
-from reward.tuning import embedding_features, fit_logistic, out_of_fold, tune_weights
 
 
 def pairs(n, weight, seed=0):

@@ -4,8 +4,7 @@ import math
 
 import numpy as np
 import pytest
-
-from safety.drift import compare, mmd, psi, read_texts
+from plumbline.safety.drift import compare, mmd, psi, read_texts
 
 
 def test_psi_by_hand():

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from safety.backends import local_model, openai_endpoint
-from safety.findings import Action
-from safety.llm_guard import AsLLMGuard, FromLLMGuard
-from safety.pipeline import Guard, StreamCheck
-from safety.scanning import Conversation
-from safety.text.redaction import Vault
+from plumbline.safety.backends import local_model, openai_endpoint
+from plumbline.safety.findings import Action
+from plumbline.safety.llm_guard import AsLLMGuard, FromLLMGuard
+from plumbline.safety.pipeline import Guard, StreamCheck
+from plumbline.safety.scanning import Conversation
+from plumbline.safety.text.redaction import Vault
 
 BANNED = "crimson falcon"
 POLICY = {

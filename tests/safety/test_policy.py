@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from safety.findings import Action, Finding, Stage
-from safety.policy import explain, load_policy, parse_policy
+from plumbline.safety.findings import Action, Finding, Stage
+from plumbline.safety.policy import explain, load_policy, parse_policy
 
 
 def finding(category="vcr", score=0.6, scanner="harm", view="raw"):

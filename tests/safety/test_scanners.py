@@ -5,16 +5,15 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 import numpy as np
 import pytest
-
-from safety.classifier import Head, HeadCard
-from safety.embedder.embedding import WHEELS, Windows, load_embedder
-from safety.findings import Category, Finding, ScanItem, Span, Stage
-from safety.input_filter.harm import load_harm_scanner
-from safety.text.worst_piece import LONG, of_windows, sentences, shared, worst_pieces
-from safety.training.identity_sentences import GROUPS, TEST, UNSEEN_GROUPS
-from safety.training.train_heads import identity_gap
-from safety.verifier.refusal import load_refusal_head, skeleton_bins
-from safety.verifier.toxicity import load_toxicity_scanner
+from plumbline.safety.classifier import Head, HeadCard
+from plumbline.safety.embedder.embedding import WHEELS, Windows, load_embedder
+from plumbline.safety.findings import Category, Finding, ScanItem, Span, Stage
+from plumbline.safety.input_filter.harm import load_harm_scanner
+from plumbline.safety.text.worst_piece import LONG, of_windows, sentences, shared, worst_pieces
+from plumbline.safety.training.identity_sentences import GROUPS, TEST, UNSEEN_GROUPS
+from plumbline.safety.training.train_heads import identity_gap
+from plumbline.safety.verifier.refusal import load_refusal_head, skeleton_bins
+from plumbline.safety.verifier.toxicity import load_toxicity_scanner
 
 
 def _wheels_present():

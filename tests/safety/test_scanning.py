@@ -3,9 +3,8 @@
 import threading
 
 import pytest
-
-from safety.findings import ALL_STAGES, Action, Finding, ScanItem, Scanner, Span, Stage, Status
-from safety.scanning import Conversation, Scanning
+from plumbline.safety.findings import ALL_STAGES, Action, Finding, ScanItem, Scanner, Span, Stage, Status
+from plumbline.safety.scanning import Conversation, Scanning
 
 
 class Stub:
@@ -165,7 +164,7 @@ def test_rules_about_turns_see_the_conversation():
 
 
 def test_a_normaliser_that_fails_blocks(monkeypatch):
-    monkeypatch.setattr("safety.scanning.views", fail)
+    monkeypatch.setattr("plumbline.safety.scanning.views", fail)
     verdict = build(Stub(word("bad")), on_error={"default": "open"}).check("secret words")
     assert verdict.blocked and verdict.fired[0].rule == "on_error" and "secret" not in repr(verdict.fired)
 

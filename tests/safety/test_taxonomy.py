@@ -1,9 +1,8 @@
 """Every category has a meaning, every label of a guard a category, and the way back is stable."""
 
 import pytest
-
-from safety.findings import Category
-from safety.taxonomy import MEANING, NEAREST, TO_CATEGORY, meaning, severity, to_category, to_label
+from plumbline.safety.findings import Category
+from plumbline.safety.taxonomy import MEANING, NEAREST, TO_CATEGORY, meaning, severity, to_category, to_label
 
 
 def test_every_category_has_a_meaning_and_a_severity():

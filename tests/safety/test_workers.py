@@ -2,8 +2,7 @@ import gc
 import threading
 
 import pytest
-
-from safety.workers import Worker
+from plumbline.safety.workers import Worker
 
 
 def test_calls_run_one_after_the_other_in_one_thread():

@@ -3,9 +3,13 @@
 import unittest
 
 import torch
+from plumbline.policy_models import (
+    MoEPolicyConfig,
+    MoEPolicyForCausalLM,
+    MoEPolicyForSequenceClassification,
+    MoEPolicyModel,
+)
 from transformers.models.auto import modeling_auto
-
-from policy_models import MoEPolicyConfig, MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
 
 from ...test_modeling_common import ModelTesterMixin, ids_tensor  # type: ignore[import-not-found]
 

@@ -13,12 +13,10 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
-from pydantic import BaseModel, Field, StringConstraints
-
-from apps.label.arena import Arena
-from apps.label.exchange import FORMATS, export_rows, read_items, starter_items
-from apps.label.store.accounts import SESSION_DAYS, SIGN_IN_FIRST, Account, Session, Sessions, SignInBrake
-from apps.label.store.answers import (
+from plumbline.apps.label.arena import Arena
+from plumbline.apps.label.exchange import FORMATS, export_rows, read_items, starter_items
+from plumbline.apps.label.store.accounts import SESSION_DAYS, SIGN_IN_FIRST, Account, Session, Sessions, SignInBrake
+from plumbline.apps.label.store.answers import (
     CRITERIA,
     FLAG_REASONS,
     SKIP_REASONS,
@@ -27,8 +25,9 @@ from apps.label.store.answers import (
     Answer,
     RefusedError,
 )
-from apps.label.store.store import LabelStore
-from apps.web.request_guard import WebGuard
+from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.web.request_guard import WebGuard
+from pydantic import BaseModel, Field, StringConstraints
 
 COOKIE = "plumbline_session"
 STATIC = Path(__file__).parent / "label_static"
@@ -112,7 +111,7 @@ class LabelContext:
 
 def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bool = False) -> FastAPI:
     """The FastAPI app without the pages; its context is at `app.state.label`."""
-    from apps.label.study.label_statistics import label_statistics
+    from plumbline.apps.label.study.label_statistics import label_statistics
 
     context = LabelContext(
         store=store,
@@ -299,7 +298,7 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
     @app.get("/api/statistics.png", tags=["review"])
     def statistics_plots(account: Reviewer) -> Response:
         """The main estimates with their intervals as one picture."""
-        from apps.label.study.plots import statistics_png
+        from plumbline.apps.label.study.plots import statistics_png
 
         return Response(statistics_png(label_statistics(store)), media_type="image/png")
 

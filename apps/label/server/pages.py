@@ -12,11 +12,10 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr  # noqa: E402 - it reads the variable above when imported
 from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import RedirectResponse  # noqa: E402
-
-from apps.label.arena import Arena  # noqa: E402
-from apps.label.server.api import make_api  # noqa: E402
-from apps.label.store.accounts import ROLES  # noqa: E402
-from apps.label.store.store import LabelStore  # noqa: E402
+from plumbline.apps.label.arena import Arena  # noqa: E402
+from plumbline.apps.label.server.api import make_api  # noqa: E402
+from plumbline.apps.label.store.accounts import ROLES  # noqa: E402
+from plumbline.apps.label.store.store import LabelStore  # noqa: E402
 
 TABS = {  # title -> (element, the role that sees it)
     "Label": ("label", "annotator"),

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from apps.label.store.answers import RefusedError
-from apps.label.store.database import Execute, Row
+from plumbline.apps.label.store.answers import RefusedError
+from plumbline.apps.label.store.database import Execute, Row
 
 SIGN_IN_FIRST = "sign in first: POST /api/sign-in with name and password"
 ROLES = ("annotator", "reviewer", "admin")  # each may do what those before it may

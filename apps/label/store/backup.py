@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from apps.label.store.database import SCHEMA_VERSION, Database, PostgresDatabase
+from plumbline.apps.label.store.database import SCHEMA_VERSION, Database, PostgresDatabase
 
 # In an order that foreign keys allow.
 TABLES = ("setting", "account", "item", "response", "assignment", "judgement", "draft", "event", "export")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from apps.label.store.database import Execute, Row, Statement
+from plumbline.apps.label.store.database import Execute, Row, Statement
 
 MAX_ANSWERS = 6
 

@@ -12,10 +12,18 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from apps.label.store.accounts import Session, check_session
-from apps.label.store.answers import COUNTED, Answer, RefusedError, by_response, by_slot, check_answer, passes_gold
-from apps.label.store.database import Execute, Row, Statement
-from apps.label.store.items import LAST_HASH, LabelSettings, Terms, insert_event, log_event
+from plumbline.apps.label.store.accounts import Session, check_session
+from plumbline.apps.label.store.answers import (
+    COUNTED,
+    Answer,
+    RefusedError,
+    by_response,
+    by_slot,
+    check_answer,
+    passes_gold,
+)
+from plumbline.apps.label.store.database import Execute, Row, Statement
+from plumbline.apps.label.store.items import LAST_HASH, LabelSettings, Terms, insert_event, log_event
 
 FIRST, REPEAT, REVIEW = 0, 1, 2  # `assignment.round`: a first label, one's own item again, a reviewer's decision
 GOLD_WARN, GOLD_PAUSE = (10, 0.8), (15, 0.6)  # after this many gold answers, below this pass rate

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from apps.label.store import queue
-from apps.label.store.accounts import (
+from plumbline.apps.label.store import queue
+from plumbline.apps.label.store.accounts import (
     Account,
     Session,
     account_of,
@@ -27,9 +27,9 @@ from apps.label.store.accounts import (
     insert_account,
     password_hasher,
 )
-from apps.label.store.answers import Answer, RefusedError
-from apps.label.store.database import Database, Execute, Row
-from apps.label.store.items import (
+from plumbline.apps.label.store.answers import Answer, RefusedError
+from plumbline.apps.label.store.database import Database, Execute, Row
+from plumbline.apps.label.store.items import (
     TERMS,
     LabelSettings,
     NewItem,

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from apps.label.store.answers import COUNTED
-from apps.label.store.database import Row
-from apps.label.store.queue import FIRST, REVIEW
-from apps.label.store.store import LabelStore
+from plumbline.apps.label.store.answers import COUNTED
+from plumbline.apps.label.store.database import Row
+from plumbline.apps.label.store.queue import FIRST, REVIEW
+from plumbline.apps.label.store.store import LabelStore
 
 
 @dataclass(frozen=True, kw_only=True)

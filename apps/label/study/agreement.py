@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from eval.stats.intervals import Interval
+from plumbline.eval.stats.intervals import Interval
 
 Array = NDArray[Any]
 MISSING = float("nan")

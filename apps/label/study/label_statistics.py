@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-
-from apps.label.store.answers import CRITERIA
-from apps.label.store.queue import FIRST, REPEAT
-from apps.label.store.store import LabelStore
-from apps.label.store.votes import Vote, for_training, read_votes, settle
-from apps.label.study.agreement import (
+from plumbline.apps.label.store.answers import CRITERIA
+from plumbline.apps.label.store.queue import FIRST, REPEAT
+from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.label.store.votes import Vote, for_training, read_votes, settle
+from plumbline.apps.label.study.agreement import (
     Array,
     Comparison,
     alpha_interval,
@@ -25,7 +24,7 @@ from apps.label.study.agreement import (
     fleiss_kappa,
     raw_agreement,
 )
-from eval.stats.intervals import Interval, wilson
+from plumbline.eval.stats.intervals import Interval, wilson
 
 MIN_PAIR_ITEMS = 5  # items that two annotators share before their kappa is shown
 RESAMPLES = 300

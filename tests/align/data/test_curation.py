@@ -8,9 +8,9 @@ import pytest
 pytest.importorskip("datasketch", reason="the extra `curate` is not installed")
 pytest.importorskip("py3langid", reason="the extra `curate` is not installed")
 
-from align.data.curation import CurationRules, Row, curate, garbage, unusual_letters  # noqa: E402
-from align.data.duplicates import like_pairs, paraphrases, row_vectors  # noqa: E402
-from apps.commands.curate import main, texts  # noqa: E402
+from plumbline.align.data.curation import CurationRules, Row, curate, garbage, unusual_letters  # noqa: E402
+from plumbline.align.data.duplicates import like_pairs, paraphrases, row_vectors  # noqa: E402
+from plumbline.apps.commands.curate import main, texts  # noqa: E402
 
 EGG = Row(
     "How long should I boil an egg for a soft yolk?", "Six minutes in boiling water, then a minute in cold water."

@@ -5,8 +5,7 @@ import json
 from collections import Counter
 
 import pytest
-
-from align.data.formats import FORMATS, cost_pairs, parse_row, read_pairs, read_training_pairs
+from plumbline.align.data.formats import FORMATS, cost_pairs, parse_row, read_pairs, read_training_pairs
 
 
 def parse(row):

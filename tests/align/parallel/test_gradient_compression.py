@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from plumbline.align.parallel.gradient_compression import PowerSGD
+from plumbline.align.ppo import PPOSettings
 from torch import nn
-
-from align.parallel.gradient_compression import PowerSGD
-from align.ppo import PPOSettings
 
 SHAPES = [(20, 30), (7,), (6, 4, 10), (3, 3)]  # two that pay at rank 2, a vector, one too small
 

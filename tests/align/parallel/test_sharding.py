@@ -12,10 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from plumbline.align.parallel.sharding import asks_for_shards, mesh_of
+from plumbline.align.rl.inputs import check_sharding
 from safetensors.torch import load_file
-
-from align.parallel.sharding import asks_for_shards, mesh_of
-from align.rl.inputs import check_sharding
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -26,8 +25,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from align import ppo
-from align.runtime.launch import parse_settings
-from align.parallel.sharding import is_shard
+from plumbline.align.runtime.launch import parse_settings
+from plumbline.align.parallel.sharding import is_shard
 from policy_models import generation
 from reward import CompositeReward
 

@@ -4,10 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from align.ppo import train
-from align.rl.advantages import group_advantages
-from reward import CompositeReward
+from plumbline.align.ppo import train
+from plumbline.align.rl.advantages import group_advantages
+from plumbline.reward import CompositeReward
 
 ALL = torch.ones(4, dtype=torch.bool)
 

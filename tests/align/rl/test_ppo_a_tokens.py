@@ -2,14 +2,13 @@
 
 import pytest
 import torch
-
-from align.rl.advantages import gae, token_rewards, whiten
-from align.rl.losses import clipped_policy_loss, clipped_value_loss
-from align.rl.rollouts import drop_long_prompts, pad_answers
-from policy_models.loading import load_policy, load_scalar_model, load_tokenizer
-from policy_models.logprobs import answer_logprobs, pack_rows, token_budget_batches
-from policy_models.rollout.generation import generate
-from reward.learned import LearnedPreference
+from plumbline.align.rl.advantages import gae, token_rewards, whiten
+from plumbline.align.rl.losses import clipped_policy_loss, clipped_value_loss
+from plumbline.align.rl.rollouts import drop_long_prompts, pad_answers
+from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
+from plumbline.policy_models.logprobs import answer_logprobs, pack_rows, token_budget_batches
+from plumbline.policy_models.rollout.generation import generate
+from plumbline.reward.learned import LearnedPreference
 
 ALL_MODELS = ["gpt2", "llama", "qwen2", "mixtral", "moe"]  # learned positions first, then rotary; the last two sparse
 NEVER = 258  # a stop id that greedy decoding below does not reach

@@ -3,32 +3,31 @@
 import copy
 import dataclasses
 
+import plumbline.align.ppo
 import pytest
 import torch
+from plumbline.align.models.actors import Actors, ModelSettings
+from plumbline.align.ppo import PPOSettings, train
+from plumbline.align.runtime.launch import parse_settings
+from plumbline.policy_models.chat import sample_answers
+from plumbline.policy_models.loading import load_policy, load_tokenizer
+from plumbline.policy_models.logprobs import answer_logprobs, pack_rows, token_logprobs
+from plumbline.policy_models.rollout.generation import generate
+from plumbline.reward import CompositeReward
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig, PhimoeConfig
-
-import align.ppo
-from align.models.actors import Actors, ModelSettings
-from align.ppo import PPOSettings, train
-from align.runtime.launch import parse_settings
-from policy_models.chat import sample_answers
-from policy_models.loading import load_policy, load_tokenizer
-from policy_models.logprobs import answer_logprobs, pack_rows, token_logprobs
-from policy_models.rollout.generation import generate
-from reward import CompositeReward
 
 
 @pytest.fixture
 def ratios(monkeypatch):
     """Largest |ratio - 1| over kept tokens of every policy loss that is computed, in order."""
     seen = []
-    real = align.ppo.clipped_policy_loss
+    real = plumbline.align.ppo.clipped_policy_loss
 
     def spy(logp, old_logp, adv, keep, **options):
         seen.append(float(((logp - old_logp).exp() - 1).detach().abs().masked_fill(~keep, 0.0).max()))
         return real(logp, old_logp, adv, keep, **options)
 
-    monkeypatch.setattr(align.ppo, "clipped_policy_loss", spy)
+    monkeypatch.setattr(plumbline.align.ppo, "clipped_policy_loss", spy)
     return seen
 
 

@@ -5,16 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-
-from align import reward_model
-from align.data.rows import read_preferences, split_pairs
-from align.rl.advantages import last_kept, token_rewards, whiten
-from align.rl.evaluation import evaluate
-from align.rl.signals import over_ranks
-from align.runtime.tracking import Metrics
-from policy_models.loading import load_scalar_model
-from reward import CompositeReward, default_composite, statistics
-from reward.learned import LearnedPreference
+from plumbline.align import reward_model
+from plumbline.align.data.rows import read_preferences, split_pairs
+from plumbline.align.rl.advantages import last_kept, token_rewards, whiten
+from plumbline.align.rl.evaluation import evaluate
+from plumbline.align.rl.signals import over_ranks
+from plumbline.align.runtime.tracking import Metrics
+from plumbline.policy_models.loading import load_scalar_model
+from plumbline.reward import CompositeReward, default_composite, statistics
+from plumbline.reward.learned import LearnedPreference
 
 T, F = True, False
 

@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-
-from align.ppo import PPOSettings, train
-from align.rl.kl_control import ESTIMATORS, KLController, kl_estimate
-from reward import CompositeReward
+from plumbline.align.ppo import PPOSettings, train
+from plumbline.align.rl.kl_control import ESTIMATORS, KLController, kl_estimate
+from plumbline.reward import CompositeReward
 
 # D1: estimators
 

@@ -2,12 +2,11 @@
 
 import dataclasses
 
+import plumbline.align.ppo
 import pytest
 import torch
-
-import align.ppo
-from align.rl.advantages import gae, whiten
-from align.rl.losses import clipped_value_loss
+from plumbline.align.rl.advantages import gae, whiten
+from plumbline.align.rl.losses import clipped_value_loss
 
 T, F = True, False
 
@@ -229,13 +228,13 @@ def test_E9_critic_does_not_touch_the_gradients_of_the_policy(make_ppo, rolled_o
     batch, scored = rolled_out(with_critic)
     minibatch = (batch, *with_critic.advantages(batch, scored)[:3])
     policy, critic = gradients(with_critic, minibatch)
-    real = align.ppo.clipped_value_loss
+    real = plumbline.align.ppo.clipped_value_loss
 
     def no_value_loss(*args, **kwargs):
         loss, sums = real(*args, **kwargs)
         return 0.0 * loss, sums
 
-    monkeypatch.setattr(align.ppo, "clipped_value_loss", no_value_loss)
+    monkeypatch.setattr(plumbline.align.ppo, "clipped_value_loss", no_value_loss)
     alone, silent = gradients(without, minibatch)
     assert any(g is not None and g.abs().max() > 0 for g in critic)
     assert all(g is None or g.abs().max() == 0 for g in silent)

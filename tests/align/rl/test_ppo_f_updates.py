@@ -2,14 +2,13 @@
 
 import math
 
+import plumbline.align.ppo
 import pytest
 import torch
-
-import align.ppo
-from align.ppo import PPOSettings, micro_batches, train
-from align.rl.losses import clipped_policy_loss, masked_mean
-from policy_models.logprobs import pack_rows, token_budget_batches
-from reward import CompositeReward
+from plumbline.align.ppo import PPOSettings, micro_batches, train
+from plumbline.align.rl.losses import clipped_policy_loss, masked_mean
+from plumbline.policy_models.logprobs import pack_rows, token_budget_batches
+from plumbline.reward import CompositeReward
 
 T, F = True, False
 
@@ -216,13 +215,13 @@ def test_F3_masked_mean():
 def spied(monkeypatch):
     """Rows of every minibatch, learning rates at every optimizer step, gradient norms that the optimizer sees."""
     seen = {"rows": [], "lr": [], "norms": []}
-    accumulate = align.ppo.PPO._accumulate
+    accumulate = plumbline.align.ppo.PPO._accumulate
 
     def spy(self, batch, rows, *args):
         seen["rows"].append(list(rows))
         return accumulate(self, batch, rows, *args)
 
-    monkeypatch.setattr(align.ppo.PPO, "_accumulate", spy)
+    monkeypatch.setattr(plumbline.align.ppo.PPO, "_accumulate", spy)
     step = torch.optim.AdamW.step
 
     def spy_step(self, *args, **kwargs):

@@ -4,9 +4,8 @@ import math
 
 import pytest
 import torch
-
-from align.rl.advantages import gae, whiten
-from align.rl.lagrangian import Lagrangian
+from plumbline.align.rl.advantages import gae, whiten
+from plumbline.align.rl.lagrangian import Lagrangian
 
 
 def test_H1_multiplier_golden_values():
@@ -115,7 +114,7 @@ def test_H3_a_row_without_a_cost_takes_no_part(make_ppo, share, length, rolled_o
 
 
 def test_H4_multiplier_moves_once_a_rollout_whatever_the_layout(constrained, tmp_path):
-    from align.runtime.tracking import Metrics
+    from plumbline.align.runtime.tracking import Metrics
 
     values = []
     for layout in ({}, {"ppo_epochs": 3, "minibatches": 4}, {"tokens_per_micro_batch": 130}):
@@ -140,8 +139,8 @@ def test_H6_unknown_component_is_refused(make_ppo, share):
 
 def test_H7_the_constraint_brings_the_cost_down(settings, share, read_metrics):
     """Reward: share of letters. Cost: share of letters a to m. The policy learns to use the others."""
-    from align.ppo import train
-    from reward import CompositeReward
+    from plumbline.align.ppo import train
+    from plumbline.reward import CompositeReward
 
     run = train(
         settings(

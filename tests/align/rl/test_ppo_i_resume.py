@@ -8,13 +8,12 @@ import sys
 import textwrap
 from pathlib import Path
 
+import plumbline.align.runtime.checkpoints
 import pytest
 import torch
-
-import align.runtime.checkpoints
-from align.ppo import train
-from align.rl.evaluation import evaluate
-from align.runtime.checkpoints import (
+from plumbline.align.ppo import train
+from plumbline.align.rl.evaluation import evaluate
+from plumbline.align.runtime.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
@@ -22,7 +21,7 @@ from align.runtime.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from reward import CompositeReward
+from plumbline.reward import CompositeReward
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 N = 2  # steps before the interruption; as many after it
@@ -219,7 +218,7 @@ def test_I2_a_crash_while_saving_leaves_the_previous_checkpoint(tmp_path, monkey
         Path(path).write_bytes(b"half of a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(align.runtime.checkpoints.torch, "save", half)
+    monkeypatch.setattr(plumbline.align.runtime.checkpoints.torch, "save", half)
     with pytest.raises(OSError, match="no space"):
         save_checkpoint(tmp_path, 2, {"x": torch.tensor([2.0])})
     found = latest_checkpoint(tmp_path)
@@ -313,7 +312,7 @@ def test_I3_evaluation_leaves_the_training_curve_as_it_was(settings, share, read
 
 
 def test_I3_evaluation_draws_the_same_each_time(make_ppo, prompts_file, tmp_path):
-    from align.runtime.tracking import Metrics
+    from plumbline.align.runtime.tracking import Metrics
 
     ppo = make_ppo("llama", eval_prompts_file=prompts_file, perturb=0.05)
     first, second = (evaluate(ppo, step, Metrics(tmp_path, enabled=False)) for step in (0, 1))
@@ -335,8 +334,8 @@ def script(tmp_path, body):
             from pathlib import Path
             import torch
             torch.set_num_threads(1)
-            from align.runtime.launch import parse_settings
-            from align.ppo import PPOSettings, train
+            from plumbline.align.runtime.launch import parse_settings
+            from plumbline.align.ppo import PPOSettings, train
             from reward import CompositeReward
 
             class Share:

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
+from plumbline.align.ppo import train
+from plumbline.align.rl.losses import kl_loss
+from plumbline.align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively
+from plumbline.align.runtime.tracking import Metrics
+from plumbline.policy_models.rollout.trunk import frozen_layers
+from plumbline.reward import CompositeReward
 from torch import nn
-
-from align.ppo import train
-from align.rl.losses import kl_loss
-from align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively
-from align.runtime.tracking import Metrics
-from policy_models.rollout.trunk import frozen_layers
-from reward import CompositeReward
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "mixtral", "moe"])
@@ -53,7 +52,7 @@ def test_fp16_scales_the_loss_and_leaves_out_steps_that_overflow(make_ppo, one_s
 def test_fp16_stops_when_no_scale_is_small_enough(make_ppo, one_step, monkeypatch):
     ppo = make_ppo(dtype="float16")
     ppo.scaler.load_state_dict(ppo.scaler.state_dict() | {"scale": 1.0})
-    monkeypatch.setattr("align.ppo.clipped_policy_loss", lambda logp, *_, **__: (logp.sum() * torch.inf, {}))
+    monkeypatch.setattr("plumbline.align.ppo.clipped_policy_loss", lambda logp, *_, **__: (logp.sum() * torch.inf, {}))
     with pytest.raises(FloatingPointError, match="gradient norm"):
         one_step(ppo)
 
@@ -204,9 +203,8 @@ def test_kl_in_the_loss_leaves_the_reward_alone(make_ppo, rolled_out, one_step, 
 
 def test_reward_adapter_on_the_policys_weights_scores_as_the_merged_model(tiny, make_ppo, tmp_path):
     from peft import LoraConfig, get_peft_model
-
-    from policy_models.loading import load_scalar_model, load_tokenizer
-    from reward.learned import LearnedPreference
+    from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
+    from plumbline.reward.learned import LearnedPreference
 
     scalar = load_scalar_model(tiny("llama"), dtype=torch.float32)
     peft = get_peft_model(scalar, LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
@@ -235,8 +233,7 @@ def test_reward_adapter_on_the_policys_weights_scores_as_the_merged_model(tiny, 
 
 def test_reward_adapter_of_another_start_is_refused(tiny, make_ppo, tmp_path):
     from peft import LoraConfig, get_peft_model
-
-    from policy_models.loading import load_scalar_model
+    from plumbline.policy_models.loading import load_scalar_model
 
     scalar = load_scalar_model(tiny("qwen2"), dtype=torch.float32)
     get_peft_model(scalar, LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS")).save_pretrained(

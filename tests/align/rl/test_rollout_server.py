@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-
-from align.ppo import train
-from policy_models.loading import load_policy
-from policy_models.rollout.generation import generate
-from reward import CompositeReward
+from plumbline.align.ppo import train
+from plumbline.policy_models.loading import load_policy
+from plumbline.policy_models.rollout.generation import generate
+from plumbline.reward import CompositeReward
 
 
 class Server:
@@ -164,7 +163,7 @@ def test_a_server_of_something_else_is_refused_at_the_first_rollout(
 
 
 def test_no_server_is_said_before_a_model_loads(settings, share, monkeypatch):
-    monkeypatch.setattr("align.ppo.load_start", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("plumbline.align.ppo.load_start", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(ValueError, match=r"rollout_server='http://127.0.0.1:9': no vLLM server answers there"):
         train(settings("llama", rollout_server="http://127.0.0.1:9"), reward=CompositeReward([(share(), 1.0)]))
 

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-
-from align.ppo import train
-from align.rl.watch import correlation, grader_watch, rollout_watch
-from eval.pages.run_page import render
-from reward import CompositeReward
+from plumbline.align.ppo import train
+from plumbline.align.rl.watch import correlation, grader_watch, rollout_watch
+from plumbline.eval.pages.run_page import render
+from plumbline.reward import CompositeReward
 
 
 def test_correlation_by_hand():
@@ -58,7 +57,7 @@ def test_a_grader_grades_evaluations_and_its_page_shows_it(
         def __call__(self, prompts, answers):
             return [-float(len(a)) for a in answers]
 
-    monkeypatch.setattr("align.ppo.LearnedPreference", Grader)
+    monkeypatch.setattr("plumbline.align.ppo.LearnedPreference", Grader)
     run = train(
         settings(steps=3, eval_prompts_file=prompts_file, eval_every=1, grader_model="grader"),
         reward=CompositeReward([(share(), 1.0)]),

@@ -7,11 +7,9 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trl import RewardConfig, RewardTrainer
-
-from align.data.mixture import DomainMixture
-from align.runtime.launch import trainer_defaults
-from align.runtime.pair_trainer import (
+from plumbline.align.data.mixture import DomainMixture
+from plumbline.align.runtime.launch import trainer_defaults
+from plumbline.align.runtime.pair_trainer import (
     LikeLengths,
     PairCollator,
     PairTrainer,
@@ -20,7 +18,8 @@ from align.runtime.pair_trainer import (
     preference_loss,
     shares_rows,
 )
-from policy_models.loading import load_scalar_model, load_tokenizer
+from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
+from trl import RewardConfig, RewardTrainer
 
 PAIRS = [  # ids of chosen and rejected; the first two share a prompt of 3 and 1, the third shares nothing
     ([5, 6, 7, 8, 9, 10], [5, 6, 7, 11]),

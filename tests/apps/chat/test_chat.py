@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the chat needs the [ui] extra")
 from fastapi.testclient import TestClient
+from plumbline.apps.chat import command as chat_module
+from plumbline.apps.chat.command import GuardedChat, LocalSpeaker, main
+from plumbline.apps.chat.server import Thumbs, make_chat_app
+from plumbline.apps.label.exchange import export_rows
+from plumbline.apps.label.store.database import SQLiteDatabase
+from plumbline.apps.label.store.store import LabelStore
 
-from apps.chat import command as chat_module
-from apps.chat.command import GuardedChat, LocalSpeaker, main
-from apps.chat.server import Thumbs, make_chat_app
-from apps.label.exchange import export_rows
-from apps.label.store.database import SQLiteDatabase
-from apps.label.store.store import LabelStore
 from tests.apps.conftest import FAST_HASHER, PASSWORD, keep_screenshot, serious_violations
 
 MAIL = "My mail is mara.lindqvist@example.com, write to it."
@@ -108,8 +108,8 @@ def test_a_failing_model_is_one_error_and_the_next_answer_works():
 
 
 def test_facts_are_cited_word_for_word(tmp_path):
-    from safety.verifier.facts import FactChecker
-    from safety.verifier.knowledge import index_folder
+    from plumbline.safety.verifier.facts import FactChecker
+    from plumbline.safety.verifier.knowledge import index_folder
 
     text = "The library opens at 9 in the morning. It closes at 18 on every weekday."
     (tmp_path / "docs").mkdir()
@@ -195,8 +195,8 @@ def test_thumbs_need_an_account_in_use(store, make_account, database):
 @pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 390)])
 def test_a_conversation_in_the_browser(tmp_path, serve, open_page, scheme, width):
     sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need the [dev] extra")
-    from safety.verifier.facts import FactChecker
-    from safety.verifier.knowledge import index_folder
+    from plumbline.safety.verifier.facts import FactChecker
+    from plumbline.safety.verifier.knowledge import index_folder
 
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "hours.md").write_text(

@@ -5,11 +5,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 import numpy as np
 import pytest
-
-from align.data.rows import split_pairs
-from apps.commands import eval_reward
-from apps.commands import reward as reward_tools
-from safety.embedder.embedding import WHEELS
+from plumbline.align.data.rows import split_pairs
+from plumbline.apps.commands import eval_reward
+from plumbline.apps.commands import reward as reward_tools
+from plumbline.safety.embedder.embedding import WHEELS
 
 
 def _wheels_present():

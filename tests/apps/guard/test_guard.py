@@ -4,13 +4,12 @@ import gzip
 import json
 
 import pytest
-
-from apps import cli
-from apps.guard import bench as guard_bench
-from apps.guard.bench import threshold_at, write
-from safety.findings import Status
-from safety.pipeline import Guard
-from safety.text.obfuscations import hostile_texts
+from plumbline.apps import cli
+from plumbline.apps.guard import bench as guard_bench
+from plumbline.apps.guard.bench import threshold_at, write
+from plumbline.safety.findings import Status
+from plumbline.safety.pipeline import Guard
+from plumbline.safety.text.obfuscations import hostile_texts
 
 
 def test_check_prints_json_and_its_exit_status_says_blocked(capsys):

@@ -7,10 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from scipy.optimize import minimize
-from sklearn.metrics import cohen_kappa_score
-
-from apps.label.study.agreement import (
+from plumbline.apps.label.study.agreement import (
     Comparison,
     alpha_interval,
     annotator_accuracy,
@@ -21,6 +18,8 @@ from apps.label.study.agreement import (
     raw_agreement,
     win_probability,
 )
+from scipy.optimize import minimize
+from sklearn.metrics import cohen_kappa_score
 
 NAN = float("nan")
 

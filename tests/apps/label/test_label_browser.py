@@ -18,9 +18,10 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need
 pytest.importorskip("gradio", reason="the labelling app needs the [ui] extra")
 pytestmark = pytest.mark.slow
 
-from apps.label.store.database import SQLiteDatabase  # noqa: E402
-from apps.label.store.items import NewItem, NewResponse  # noqa: E402
-from apps.label.store.store import LabelStore  # noqa: E402
+from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
+from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
+from plumbline.apps.label.store.store import LabelStore  # noqa: E402
+
 from tests.apps.conftest import FAST_HASHER, PASSWORD, free_port, pair  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -41,7 +42,7 @@ class App:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "apps.cli", "label", "--db", str(self.db), "--port", str(self.port)]
+        command = [sys.executable, "-m", "plumbline.apps.cli", "label", "--db", str(self.db), "--port", str(self.port)]
         command += [part for policy in self.arena for part in ("--arena", policy)]
         self.process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
         for _ in range(1200):

@@ -3,14 +3,22 @@
 import json
 
 import pytest
+from plumbline.apps.label.exchange import (
+    export_rows,
+    in_test,
+    item_of,
+    margin_of,
+    read_items,
+    starter_items,
+    write_export,
+)
+from plumbline.apps.label.store.answers import Answer, Span
+from plumbline.apps.label.store.backup import backup, restore
+from plumbline.apps.label.store.database import SQLiteDatabase
+from plumbline.apps.label.store.items import NewItem, NewResponse
+from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.label.store.votes import read_votes, settle
 
-from apps.label.exchange import export_rows, in_test, item_of, margin_of, read_items, starter_items, write_export
-from apps.label.store.answers import Answer, Span
-from apps.label.store.backup import backup, restore
-from apps.label.store.database import SQLiteDatabase
-from apps.label.store.items import NewItem, NewResponse
-from apps.label.store.store import LabelStore
-from apps.label.store.votes import read_votes, settle
 from tests.apps.conftest import FAST_HASHER, PASSWORD, pair
 
 
@@ -205,8 +213,7 @@ def test_spans_and_order_survive_in_full(plain, make_account):
 
 def test_a_backup_restores_into_either_database(plain, make_account, tmp_path, postgres_url):
     import psycopg
-
-    from apps.label.store.database import PostgresDatabase
+    from plumbline.apps.label.store.database import PostgresDatabase
 
     plain.add_items([pair(1), pair(2)])
     ann = make_account("ann")
@@ -249,9 +256,8 @@ def test_a_damaged_backup_restores_nothing(plain, tmp_path):
 @pytest.mark.slow
 def test_exports_load_in_datasets_and_train_in_trl(plain, make_account, tmp_path):
     from datasets import load_dataset
+    from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
-
-    from policy_models.loading import load_policy, load_scalar_model, load_tokenizer
 
     plain.change_settings(None, {"target_labels": 1})
     plain.add_items([pair(n) for n in range(8)])

@@ -4,13 +4,12 @@ import random
 
 import numpy as np
 import pytest
-
-from apps.label.loop import LoopSettings, rank_items, run_loop
-from apps.label.store.answers import Answer
-from apps.label.store.database import SQLiteDatabase
-from apps.label.store.items import NewItem, NewResponse
-from apps.label.study.label_statistics import label_statistics
-from apps.registry import Registry
+from plumbline.apps.label.loop import LoopSettings, rank_items, run_loop
+from plumbline.apps.label.store.answers import Answer
+from plumbline.apps.label.store.database import SQLiteDatabase
+from plumbline.apps.label.store.items import NewItem, NewResponse
+from plumbline.apps.label.study.label_statistics import label_statistics
+from plumbline.apps.registry import Registry
 
 WORDS = [f"w{n}" for n in range(24)]
 WORTH = dict(zip(WORDS, np.random.default_rng(0).normal(size=len(WORDS)), strict=True))  # the truth
@@ -22,7 +21,7 @@ def worth(text):
 
 def train_words(pairs, run, settings):
     """A linear reward model on word counts, by logistic regression: small, exact, and it needs labels to be good."""
-    from align.data.rows import read_preferences, split_pairs
+    from plumbline.align.data.rows import read_preferences, split_pairs
 
     train, _ = split_pairs(read_preferences(pairs), settings.holdout_every)
     x_ND = np.array([counts(p.chosen[0]["content"]) - counts(p.rejected[0]["content"]) for p in train])

@@ -12,13 +12,14 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="browser tests need
 pytest.importorskip("gradio", reason="the labelling app needs the [ui] extra")
 pytestmark = pytest.mark.slow
 
-from apps.label.arena import Arena, ArenaPolicy  # noqa: E402
-from apps.label.exchange import starter_items  # noqa: E402
-from apps.label.server.pages import make_label_app  # noqa: E402
-from apps.label.store.answers import Answer  # noqa: E402
-from apps.label.store.database import SQLiteDatabase  # noqa: E402
-from apps.label.store.items import NewItem, NewResponse  # noqa: E402
-from apps.label.store.store import LabelStore  # noqa: E402
+from plumbline.apps.label.arena import Arena, ArenaPolicy  # noqa: E402
+from plumbline.apps.label.exchange import starter_items  # noqa: E402
+from plumbline.apps.label.server.pages import make_label_app  # noqa: E402
+from plumbline.apps.label.store.answers import Answer  # noqa: E402
+from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
+from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
+from plumbline.apps.label.store.store import LabelStore  # noqa: E402
+
 from tests.apps.conftest import FAST_HASHER, PASSWORD, keep_screenshot, serious_violations  # noqa: E402
 
 TABS = ("Label", "Arena", "Review", "Statistics", "Guidelines", "Admin")

@@ -5,12 +5,12 @@ import multiprocessing
 import sqlite3
 
 import pytest
+from plumbline.apps.label.store.answers import Answer, RefusedError, Span, check_answer
+from plumbline.apps.label.store.database import SQLiteDatabase, open_database
+from plumbline.apps.label.store.items import LabelSettings, NewItem, NewResponse, first_broken_event
+from plumbline.apps.label.store.queue import needs_review
+from plumbline.apps.label.store.store import QUEUE_COUNTS_AGE, LabelStore
 
-from apps.label.store.answers import Answer, RefusedError, Span, check_answer
-from apps.label.store.database import SQLiteDatabase, open_database
-from apps.label.store.items import LabelSettings, NewItem, NewResponse, first_broken_event
-from apps.label.store.queue import needs_review
-from apps.label.store.store import QUEUE_COUNTS_AGE, LabelStore
 from tests.apps.conftest import FAST_HASHER, PASSWORD, pair
 
 LEFT = Answer(outcome="prefer", winner=0, strength=3)
@@ -361,7 +361,7 @@ def test_a_single_answer_is_good_or_bad_and_not_compared(outcome):
 
 
 def test_thumbs_are_stored_once_revised_and_come_out_as_kto_rows(plain, make_account):
-    from apps.label.exchange import export_rows
+    from plumbline.apps.label.exchange import export_rows
 
     ann, bob = make_account("ann"), make_account("bob")
     thing = lambda n: NewItem(  # noqa: E731

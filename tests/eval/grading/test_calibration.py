@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plumbline.eval.grading.calibration import Calibration, calibrate, corrected
+from plumbline.eval.grading.chat_judge import ChatJudge, read_verdict
+from plumbline.eval.runner import ReplyStore
+from plumbline.eval.stats.intervals import kappa
+from plumbline.eval.targets.targets import CallableTarget
 from statsmodels.stats.inter_rater import cohens_kappa
-
-from eval.grading.calibration import Calibration, calibrate, corrected
-from eval.grading.chat_judge import ChatJudge, read_verdict
-from eval.runner import ReplyStore
-from eval.stats.intervals import kappa
-from eval.targets.targets import CallableTarget
 
 
 def judge(tp, fn, tn, fp, name="j"):
@@ -126,7 +125,7 @@ def test_a_judge_is_asked_once_and_its_failures_are_unscored(tmp_path):
 
 
 def test_a_local_judge_weighs_yes_and_no():
-    from eval.targets.targets import open_target
+    from plumbline.eval.targets.targets import open_target
 
     (score,) = ChatJudge(open_target("bundled:tiny-llama")).verdicts(["p"], ["a"])
     assert score.value in (0, 1)

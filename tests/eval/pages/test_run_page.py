@@ -6,10 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
-
-from eval.pages.run_page import choose_examples, plot_sections, read_run, readme_table, render, verdict_table
-from eval.plotting import run_plots as plots
-from eval.plotting.axes import DARK, LIGHT, NothingToPlotError, running_mean, square_root_ticks
+from plumbline.eval.pages.run_page import (
+    choose_examples,
+    plot_sections,
+    read_run,
+    readme_table,
+    render,
+    verdict_table,
+)
+from plumbline.eval.plotting import run_plots as plots
+from plumbline.eval.plotting.axes import DARK, LIGHT, NothingToPlotError, running_mean, square_root_ticks
 
 
 @pytest.fixture
@@ -21,7 +27,7 @@ def run(run_folder, tmp_path):
 def no_plots(monkeypatch):
     """Pages with one made-up plot, for the tests that look at the text."""
     sections = [{"heading": "Plots", "plots": [{"title": "one", "text": "", "light": "AAAA", "dark": "AAAA"}]}]
-    monkeypatch.setattr("eval.pages.run_page.plot_sections", lambda run: (sections, []))
+    monkeypatch.setattr("plumbline.eval.pages.run_page.plot_sections", lambda run: (sections, []))
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,7 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import NormalIndPower
-from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
-
-from eval.stats.intervals import (
+from plumbline.eval.stats.intervals import (
     auc,
     bootstrap_mean,
     cluster_index,
@@ -25,6 +20,10 @@ from eval.stats.intervals import (
     unscored_band,
     wilson,
 )
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
 
 
 @pytest.mark.parametrize("successes, n", [(0, 1), (1, 1), (0, 100), (5, 100), (16, 313), (50, 100), (313, 313)])
@@ -87,7 +86,7 @@ def test_same_seed_same_interval_and_chunks_do_not_matter(monkeypatch):
     values = np.arange(50.0)
     whole = bootstrap_mean(values, seed=3)
     assert bootstrap_mean(values, seed=3) == whole != bootstrap_mean(values, seed=4)
-    monkeypatch.setattr("eval.stats.intervals.CHUNK", 7 * 50)
+    monkeypatch.setattr("plumbline.eval.stats.intervals.CHUNK", 7 * 50)
     assert bootstrap_mean(values, seed=3) == whole
 
 

@@ -4,10 +4,9 @@ import math
 
 import numpy as np
 import pytest
-
-from eval.plotting.pair_plots import plot_pair_reports
-from eval.stats.intervals import wilson
-from eval.stats.pair_accuracy import (
+from plumbline.eval.plotting.pair_plots import plot_pair_reports
+from plumbline.eval.stats.intervals import wilson
+from plumbline.eval.stats.pair_accuracy import (
     accuracy,
     by_subset,
     calibration_bins,

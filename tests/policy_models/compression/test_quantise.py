@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
+import plumbline.align.sft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-
-import align.sft
-from policy_models import load_policy, model_summary
-from policy_models.compression.quantise import Packed, QuantisedLinear, quantise
-from policy_models.lora import split_expert_adapters
-from policy_models.rollout.decoder import supports_fast_path
+from plumbline.policy_models import load_policy, model_summary
+from plumbline.policy_models.compression.quantise import Packed, QuantisedLinear, quantise
+from plumbline.policy_models.lora import split_expert_adapters
+from plumbline.policy_models.rollout.decoder import supports_fast_path
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 IDS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(5))
@@ -147,7 +146,7 @@ def test_a_stage_trains_adapters_on_packed_weights(cache, tmp_path, capsys):
         "--output_dir",
         str(tmp_path),
     ]
-    align.sft.main(["--config", str(CONFIGS / "sft" / "debug.yaml"), *options])
+    plumbline.align.sft.main(["--config", str(CONFIGS / "sft" / "debug.yaml"), *options])
     assert "quantised" in capsys.readouterr().out
     trained, start = load_policy(str(tmp_path / "model")), load_policy("bundled:tiny-moe")
     for name, before in start.named_parameters():
@@ -157,6 +156,6 @@ def test_a_stage_trains_adapters_on_packed_weights(cache, tmp_path, capsys):
 
 def test_full_training_of_packed_weights_is_refused():
     with pytest.raises(ValueError, match="cannot be trained; set lora: true"):
-        align.sft.SFTSettings(quantise="4bit", lora=False)
+        plumbline.align.sft.SFTSettings(quantise="4bit", lora=False)
     with pytest.raises(ValueError, match="int8 has no gradient"):
-        align.sft.SFTSettings(quantise="int8")
+        plumbline.align.sft.SFTSettings(quantise="int8")

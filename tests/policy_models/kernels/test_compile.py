@@ -19,7 +19,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from policy_models.kernels import grouped, logprob, router
+from plumbline.policy_models.kernels import grouped, logprob, router
 
 POINTERS = {"index_ptr": "*i64", "slot_ptr": "*i32", "ends_ptr": "*i32", "expert_ptr": "*i32", "row_ptr": "*i32", "id_ptr": "*i64"}
 FLOATS = ("weight_ptr", "dweight_ptr", "max_ptr", "sum_ptr", "weighted_ptr", "own_ptr", "top_ptr", "log_sum_ptr", "entropy_ptr",

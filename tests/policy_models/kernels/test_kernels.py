@@ -5,18 +5,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from policy_models.kernels import TRITON_EXPERTS, dispatch, kernels_run_on, reference
-from policy_models.logprobs import answer_logprobs, pack_rows
-from policy_models.modeling import MoEPolicyExperts
+from plumbline.policy_models.kernels import TRITON_EXPERTS, dispatch, kernels_run_on, reference
+from plumbline.policy_models.logprobs import answer_logprobs, pack_rows
+from plumbline.policy_models.modeling import MoEPolicyExperts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if kernels_run_on(DEVICE) is not None:
     pytest.skip(kernels_run_on(DEVICE), allow_module_level=True)
 
-from policy_models.kernels import experts as ours  # noqa: E402
-from policy_models.kernels import grouped  # noqa: E402
-from policy_models.kernels.logprob import linear_logprob  # noqa: E402
-from policy_models.kernels.router import route_top_k  # noqa: E402
+from plumbline.policy_models.kernels import experts as ours  # noqa: E402
+from plumbline.policy_models.kernels import grouped  # noqa: E402
+from plumbline.policy_models.kernels.logprob import linear_logprob  # noqa: E402
+from plumbline.policy_models.kernels.router import route_top_k  # noqa: E402
 
 WIDTH, INNER, NUM_EXPERTS = 19, 21, 4  # odd, and more than one tile of the interpreter
 
@@ -186,7 +186,7 @@ def test_linear_logprob_over_several_chunks_and_far_logits(monkeypatch):
 
     Whole numbers, so that the logits are exact in any order of adding, and neighbours in pairs, so that softmax has a choice.
     """
-    monkeypatch.setattr("policy_models.kernels.logprob.CHUNK_ROWS", 4)
+    monkeypatch.setattr("plumbline.policy_models.kernels.logprob.CHUNK_ROWS", 4)
     hidden, weight = (torch.randint(-16, 17, (rows, WIDTH), device=DEVICE).float() for rows in (10, 40))
     weight[1::2] = weight[::2]
     weight[1::2, 3] += 1

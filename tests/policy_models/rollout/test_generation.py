@@ -5,6 +5,12 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.modeling import MoEPolicyForCausalLM
+from plumbline.policy_models.rollout import decoder as decoder_module
+from plumbline.policy_models.rollout import generation
+from plumbline.policy_models.rollout.decoder import Decoder, supports_fast_path
+from plumbline.policy_models.rollout.generation import generate, sample
 from scipy.stats import chisquare
 from torch import nn
 from transformers import (
@@ -19,13 +25,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-from policy_models.configuration import MoEPolicyConfig
-from policy_models.modeling import MoEPolicyForCausalLM
-from policy_models.rollout import decoder as decoder_module
-from policy_models.rollout import generation
-from policy_models.rollout.decoder import Decoder, supports_fast_path
-from policy_models.rollout.generation import generate, sample
 
 VOCAB = 97
 NEVER = [VOCAB]  # a stop id that is never drawn
@@ -187,10 +186,12 @@ def test_unknown_architecture_runs_through_forward(caplog):
     )
     model, prompts = GPT2LMHeadModel(config).eval(), prompts_of(*MIXED)
     generation._told.clear()
-    with caplog.at_level(logging.WARNING, logger="policy_models.rollout.generation"):
+    with caplog.at_level(logging.WARNING, logger="plumbline.policy_models.rollout.generation"):
         for _ in range(2):
             answers = generate(model, prompts, max_new_tokens=8, stop_ids=[3, 50], pad_id=0, temperature=0)
-    messages = [record.message for record in caplog.records if record.name == "policy_models.rollout.generation"]
+    messages = [
+        record.message for record in caplog.records if record.name == "plumbline.policy_models.rollout.generation"
+    ]
     assert len(messages) == 1 and "GPT2LMHeadModel is not one of" in messages[0]
     assert [a.ids for a in answers] == greedy_by_transformers(model, prompts, 8, [3, 50])
     assert_logp(model, prompts, draw(model, prompts))

@@ -49,7 +49,7 @@ def _cache(tmp_path_factory):
 @pytest.fixture
 def tiny(_cache, monkeypatch):
     """(model, tokenizer) of bundled:tiny-llama."""
-    from policy_models.loading import load_policy, load_tokenizer
+    from plumbline.policy_models.loading import load_policy, load_tokenizer
 
     monkeypatch.setenv("PLUMBLINE_CACHE", str(_cache))
     return load_policy("bundled:tiny-llama"), load_tokenizer("bundled:tiny-llama")

@@ -7,10 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from policy_models.rollout.generation import DecodeRow
-from safety.constrained.banned import BannedPhrases
-from safety.constrained.spellings import Phrases, canonical, readings
+from plumbline.policy_models.rollout.generation import DecodeRow
+from plumbline.safety.constrained.banned import BannedPhrases
+from plumbline.safety.constrained.spellings import Phrases, canonical, readings
 
 PHRASES = ["ass", "*cunt*", "how to kill", "b0mb", "*ab*"]
 ALLOWED = ["Scunthorpe", "cabbage", "kick ass now"]

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-
-from policy_models.chat import stop_ids
-from policy_models.rollout.generation import DecodeRow, generate
-from safety.constrained.grammar import Grammar, GrammarProcessor
+from plumbline.policy_models.chat import stop_ids
+from plumbline.policy_models.rollout.generation import DecodeRow, generate
+from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor
 
 pytest.importorskip("llguidance")
 SCHEMA = {

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
-
-from policy_models.rollout.generation import DecodeRow, generate
-from safety.constrained.best_of import blockwise_best_of_n
-from safety.constrained.guided import (
+from plumbline.policy_models.rollout.generation import DecodeRow, generate
+from plumbline.safety.constrained.best_of import blockwise_best_of_n
+from plumbline.safety.constrained.guided import (
     OtherAdapter,
     ReferenceContrast,
     SafeDecoding,
@@ -183,7 +182,7 @@ def test_best_of_blocks_runs_processors_over_the_whole_answer(tiny):
 
 
 def test_an_expert_learns_and_can_be_switched(tiny):
-    from align.safety_expert import DECLINE, expert_prompts, expert_rows, train_expert
+    from plumbline.align.safety_expert import DECLINE, expert_prompts, expert_rows, train_expert
 
     model, tokenizer = tiny
     harmful, harmless = expert_prompts()

@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from plumbline.policy_models.rollout.generation import DecodeRow, generate
+from plumbline.policy_models.rollout.streaming import stream
+from plumbline.safety.constrained.rows import ForTransformers, StateByRow, continued, token_bytes
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
-
-from policy_models.rollout.generation import DecodeRow, generate
-from policy_models.rollout.streaming import stream
-from safety.constrained.rows import ForTransformers, StateByRow, continued, token_bytes
 
 NEVER = [97]
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13], [14, 15, 16], [17, 18, 19, 20]]

@@ -3,9 +3,8 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from safety.constrained.spellings import Phrases
-from safety.constrained.streaming import REFUSAL, Checked, HeldStream, LocalSource, phrase_check
+from plumbline.safety.constrained.spellings import Phrases
+from plumbline.safety.constrained.streaming import REFUSAL, Checked, HeldStream, LocalSource, phrase_check
 
 PHRASES = Phrases(["banned words", "ass", "*cunt*"], ["Scunthorpe"])
 CLEAN = "One fine day. The sun was out, and nothing else happened! Was it so? It was.\nA last line without an end"

@@ -5,9 +5,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 import numpy as np
 import pytest
 import torch
-
-from safety.embedder.embedding import WHEELS, WIDTH, Embedder
-from safety.embedder.minilm import MiniLM, fast_here
+from plumbline.safety.embedder.embedding import WHEELS, WIDTH, Embedder
+from plumbline.safety.embedder.minilm import MiniLM, fast_here
 
 
 def _wheels_present():

@@ -3,17 +3,16 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-from safety.findings import ScanItem, Scanner
-from safety.input_filter.hidden_text import ANY, KINDS, HiddenText
-from safety.input_filter.injection import RULES, InjectionRules
-from safety.input_filter.language import Language, language_of
-from safety.input_filter.length import Length
-from safety.input_filter.phrases import Phrases
-from safety.input_filter.pii import _MAYBE_NATIONAL, _NATIONAL, Pii, dni, luhn, mod11, mod97
-from safety.input_filter.secrets import LONG, Secrets, entropy
-from safety.input_filter.secrets import RULES as SECRET_RULES
-from safety.verifier.prompt_leak import PromptLeak
+from plumbline.safety.findings import ScanItem, Scanner
+from plumbline.safety.input_filter.hidden_text import ANY, KINDS, HiddenText
+from plumbline.safety.input_filter.injection import RULES, InjectionRules
+from plumbline.safety.input_filter.language import Language, language_of
+from plumbline.safety.input_filter.length import Length
+from plumbline.safety.input_filter.phrases import Phrases
+from plumbline.safety.input_filter.pii import _MAYBE_NATIONAL, _NATIONAL, Pii, dni, luhn, mod11, mod97
+from plumbline.safety.input_filter.secrets import LONG, Secrets, entropy
+from plumbline.safety.input_filter.secrets import RULES as SECRET_RULES
+from plumbline.safety.verifier.prompt_leak import PromptLeak
 
 
 def found(scanner, text, at=0.5, **context):

