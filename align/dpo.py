@@ -20,12 +20,14 @@ from datasets import Dataset
 from plumbline.align.data.rows import read_preferences, split_pairs
 from plumbline.align.models.actors import ModelSettings, load_start
 from plumbline.align.models.answer_head import score_answers_only
-from plumbline.align.runtime.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
+from plumbline.align.runtime.launch import open_run, parse_settings, trainer_defaults
 from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.router import RouterBalance
 from trl import DPOConfig, DPOTrainer
+
+from plumbline.paths import STARTER, resolve_path
 
 
 @dataclass(kw_only=True)
@@ -88,7 +90,7 @@ def train(settings: DPOSettings, args: DPOConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this stage."""
-    settings, args = parse_settings((DPOSettings, DPOConfig), argv, defaults=trainer_defaults())
+    settings, args = parse_settings((DPOSettings, DPOConfig), argv, stage="dpo", defaults=trainer_defaults())
     run = train(settings, args)
     print(f"dpo: finished, the policy is in {run / 'model'}")
 

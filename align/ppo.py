@@ -503,7 +503,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this stage."""
-    (settings,) = parse_settings((PPOSettings,), argv)
+    (settings,) = parse_settings((PPOSettings,), argv, stage="ppo")
     run = train(settings)
     if PartialState().is_main_process:
         print(f"ppo: finished, the policy is in {run / 'model'}")

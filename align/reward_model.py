@@ -29,14 +29,7 @@ from plumbline.align.data.formats import cost_pairs, read_training_pairs
 from plumbline.align.data.mixture import DomainMixture
 from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
 from plumbline.align.models.actors import ModelSettings, save_merged
-from plumbline.align.runtime.launch import (
-    STARTER,
-    open_run,
-    parse_settings,
-    pick_dtype,
-    resolve_path,
-    trainer_defaults,
-)
+from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype, trainer_defaults
 from plumbline.align.runtime.pair_trainer import PairTrainer
 from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
 from plumbline.eval.plotting.pair_plots import plot_pair_reports
@@ -49,6 +42,8 @@ from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.router import RouterBalance
 from plumbline.reward.learned import SCALING_FILE, LearnedPreference
 from trl import RewardConfig
+
+from plumbline.paths import STARTER, resolve_path
 
 
 @dataclass(kw_only=True)
@@ -260,7 +255,9 @@ def _share(hits: np.ndarray) -> dict[str, float | int]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this stage."""
-    settings, args = parse_settings((RewardModelSettings, RewardConfig), argv, defaults=trainer_defaults())
+    settings, args = parse_settings(
+        (RewardModelSettings, RewardConfig), argv, stage="reward_model", defaults=trainer_defaults()
+    )
     run = train(settings, args)
     accuracy = json.loads((run / "report.json").read_text())["accuracy"]
     share, pairs = accuracy["mean"], accuracy["n"]

@@ -27,7 +27,8 @@ from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import fast_dtype
 from torch import Tensor
 
-STARTER = Path(__file__).parents[1] / "data" / "starter"
+from plumbline.paths import STARTER
+
 # As the bundled model itself declines: SafeDecoding takes only tokens that the base ranks high too. " cannot" stands at place 60 after "I".
 DECLINE = "I'm sorry, but I can't help with that."
 ANSWER_TOKENS = 24  # of an answer that the expert learns: more than SafeDecoding ever asks for

@@ -25,12 +25,14 @@ from plumbline.align.models.actors import load_start
 from plumbline.align.rl.inputs import build_reward
 from plumbline.align.rl.rollouts import drop_long_prompts
 from plumbline.align.rl.settings import PPOSettings
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype, resolve_path
+from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_tokenizer, resolve_model_source
 from plumbline.reward import CompositeReward
+
+from plumbline.paths import resolve_path
 
 
 @dataclass(kw_only=True)
@@ -108,7 +110,7 @@ def best_and_worst(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this stage."""
-    (settings,) = parse_settings((PairSettings,), argv)
+    (settings,) = parse_settings((PairSettings,), argv, stage="ppo")
     run = sample_pairs(settings)
     count = sum(1 for _ in (run / "pairs.jsonl").open(encoding="utf-8"))
     print(f"sample_pairs: finished, {count} pairs of {settings.pair_prompts} prompts in {run / 'pairs.jsonl'}")

@@ -20,12 +20,14 @@ from datasets import Dataset
 from plumbline.align.data.rows import read_sft
 from plumbline.align.models.actors import ModelSettings, load_start, save_merged
 from plumbline.align.models.answer_head import score_answers_only
-from plumbline.align.runtime.launch import STARTER, open_run, parse_settings, resolve_path, trainer_defaults
+from plumbline.align.runtime.launch import open_run, parse_settings, trainer_defaults
 from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.router import RouterBalance
 from trl import SFTConfig, SFTTrainer
+
+from plumbline.paths import STARTER, resolve_path
 
 
 @dataclass(kw_only=True)
@@ -71,7 +73,7 @@ def train(settings: SFTSettings, args: SFTConfig) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line of this stage."""
-    settings, args = parse_settings((SFTSettings, SFTConfig), argv, defaults=trainer_defaults())
+    settings, args = parse_settings((SFTSettings, SFTConfig), argv, stage="sft", defaults=trainer_defaults())
     run = train(settings, args)
     print(f"sft: finished, the model is in {run / 'model'}")
 

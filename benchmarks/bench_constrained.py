@@ -7,8 +7,8 @@
   `Phrases.find` for what came through. The budget of tokens cuts most answers, which is the hard case.
 - json: answers under a schema, valid by jsonschema.
 - safe: harmful evaluation prompts and their harmless twins, greedy, with and without SafeDecoding. Compliance is an answer
-  that the grader of `plumbline.eval.grading.refusal_rules` does not call a decline; differences are paired, with bootstrap intervals over prompts.
-  The expert was trained on other prompts (`sft.jsonl`, `preferences.jsonl` and `harm_twins.jsonl` of `data/starter`); the grader on none.
+  that the grader of `plumbline.eval.grading.refusal_rules` does not call a decline; differences are paired, with bootstrap
+  intervals over prompts. The expert was trained on other prompts (`sft.jsonl`, `preferences.jsonl` and `harm_twins.jsonl` of `data/starter`); the grader on none.
 
 Times are CPU seconds of one run side by side; only their ratios mean something. Appends to benchmarks/results/constrained.csv and ends
 with a line of JSON.

@@ -4,17 +4,20 @@ Importing the package registers the model with transformers' Auto classes, so th
 siblings load a saved policy, and the layout of its checkpoints: one 2-D tensor per expert, as Qwen3-MoE has them.
 """
 
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.kernels import dispatch  # noqa: F401  # registers its back ends; imports no triton
+from plumbline.policy_models.modeling import (
+    MoEPolicyForCausalLM,
+    MoEPolicyForSequenceClassification,
+    MoEPolicyModel,
+)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
-from .configuration import MoEPolicyConfig
-from .kernels import dispatch  # noqa: F401  # registers its back ends; imports no triton
-from .loading import load_policy, load_scalar_model, load_tokenizer, model_summary, resolve_model_source
-from .modeling import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
-from .upcycling import upcycle
+from plumbline.lazy import exports
 
 AutoConfig.register(MoEPolicyConfig.model_type, MoEPolicyConfig)
 AutoModel.register(MoEPolicyConfig, MoEPolicyModel)
@@ -24,15 +27,18 @@ register_checkpoint_conversion_mapping(
     MoEPolicyConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
 )
 
-__all__ = [
-    "MoEPolicyConfig",
-    "MoEPolicyForCausalLM",
-    "MoEPolicyForSequenceClassification",
-    "MoEPolicyModel",
-    "load_policy",
-    "load_scalar_model",
-    "load_tokenizer",
-    "model_summary",
-    "resolve_model_source",
-    "upcycle",
-]
+__all__, __getattr__, __dir__ = exports(
+    __name__,
+    {
+        "MoEPolicyConfig": "configuration",
+        "MoEPolicyForCausalLM": "modeling",
+        "MoEPolicyForSequenceClassification": "modeling",
+        "MoEPolicyModel": "modeling",
+        "load_policy": "loading",
+        "load_scalar_model": "loading",
+        "load_tokenizer": "loading",
+        "model_summary": "loading",
+        "resolve_model_source": "loading",
+        "upcycle": "upcycling",
+    },
+)

@@ -17,10 +17,9 @@ B rows, S queries, L keys, J heads of the scorer, C head width.
 from dataclasses import dataclass
 
 import torch
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.layers import ZeroLinear
 from torch import Tensor, nn
-
-from .configuration import MoEPolicyConfig
-from .layers import ZeroLinear
 
 
 @dataclass(frozen=True)

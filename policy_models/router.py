@@ -19,11 +19,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from plumbline.policy_models.configuration import MoEPolicyConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers import initialization as init
-
-from .configuration import MoEPolicyConfig
 
 
 class Router(nn.Module):
@@ -112,7 +111,7 @@ class Router(nn.Module):
         """Takes each expert's part of the slots, summing to 1 over experts and ranks. Nothing to learn here."""
 
     def _fused(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
-        from .kernels.router import route_top_k
+        from plumbline.policy_models.kernels.router import route_top_k
 
         bias_E, sigmoid = getattr(self, "e_score_correction_bias", None), self.top_k_of == "sigmoid"
         return route_top_k(

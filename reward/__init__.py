@@ -7,17 +7,22 @@
 This package never imports the training code; components look at text only.
 """
 
-from plumbline.reward.composite import CompositeReward, default_composite, statistics
-from plumbline.reward.contracts import Parts, Reward, RewardComponent
-from plumbline.reward.scaling import Scaling, fit_scaling
+from plumbline.lazy import exports
 
-__all__ = [
-    "CompositeReward",
-    "Parts",
-    "Reward",
-    "RewardComponent",
-    "Scaling",
-    "default_composite",
-    "fit_scaling",
-    "statistics",
-]
+__all__, __getattr__, __dir__ = exports(
+    __name__,
+    {
+        "CompositeReward": "composite",
+        "HubClassifier": "hub",
+        "LearnedPreference": "learned",
+        "Parts": "contracts",
+        "PreferenceEnsemble": "learned",
+        "RemoteReward": "remote",
+        "Reward": "contracts",
+        "RewardComponent": "contracts",
+        "Scaling": "scaling",
+        "default_composite": "composite",
+        "fit_scaling": "scaling",
+        "statistics": "composite",
+    },
+)

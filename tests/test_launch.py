@@ -225,7 +225,7 @@ def test_number_without_a_dot_in_yaml_is_read(tmp_path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_settings_file_that_is_missing_or_no_mapping(launch, stage, tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere\.yaml: no such settings file; configs/<stage>/ holds"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: no such settings file; give a path, or one that ships for "):
         launch(stage, "--config", "nowhere.yaml")
     with pytest.raises(ValueError, match=r"nowhere\.yaml: no such settings file"):
         launch(stage, "--config=nowhere.yaml")

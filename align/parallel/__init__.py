@@ -1,0 +1,1 @@
+"""More than one process: layers sharded by FSDP2, and gradients sent as thin matrices."""

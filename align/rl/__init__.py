@@ -1,0 +1,1 @@
+"""The parts of PPO: rollouts, advantages, losses, KL control, the constraint, settings, evaluation."""

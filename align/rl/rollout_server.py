@@ -54,8 +54,8 @@ class RolloutServer:
             self.base = str(next(model["id"] for model in served if not model.get("parent")))
         except (ValueError, KeyError, TypeError, StopIteration, RuntimeError) as error:
             raise ValueError(
-                f"rollout_server={url!r}: no vLLM server answers there ({error.__cause__ or error}); start one as align/rl/rollout_server.py "
-                "says, or leave the setting out"
+                f"rollout_server={url!r}: no vLLM server answers there ({error.__cause__ or error}); start one as "
+                "align/rl/rollout_server.py says, or leave the setting out"
             ) from None
 
     def hand_over(self, save: Callable[..., None]) -> str:
@@ -89,7 +89,7 @@ class RolloutServer:
         temperature: float,
         generator: torch.Generator,
     ) -> list[Answer]:
-        """One answer a prompt, in their order, as `plumbline.policy_models.rollout.generation.generate` gives them, from what is served as `model`.
+        """One answer a prompt, in their order, as `rollout.generation.generate` gives them, from what is served as `model`.
 
         Each request has a seed of its own, drawn from `generator`; what a server makes of it may depend on what else it
         has in its batch. RuntimeError when the server refuses, goes away, or answers something that is no answer.

@@ -8,8 +8,10 @@ from plumbline.align.models.actors import ModelSettings
 from plumbline.align.rl.advantages import ESTIMATORS as ADVANTAGES
 from plumbline.align.rl.kl_control import ESTIMATORS, KLController
 from plumbline.align.rl.lagrangian import Lagrangian
-from plumbline.align.runtime.launch import STARTER, pick_dtype
+from plumbline.align.runtime.launch import pick_dtype
 from plumbline.align.runtime.optimizers import OPTIMIZERS
+
+from plumbline.paths import STARTER
 
 _AT_LEAST_ONE = (
     "steps rollouts_per_step answers_per_prompt minibatches ppo_epochs max_new_tokens max_prompt_tokens "

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import yaml
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-STARTER = REPOSITORY / "data" / "starter"
+from plumbline.paths import resolve_config
+
 _VERSIONS_KEPT = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "plumbline-rlhf")
 
 
@@ -42,9 +42,15 @@ def trainer_defaults() -> dict[str, Any]:
 
 
 def parse_settings(
-    classes: Sequence[type], argv: Sequence[str] | None = None, *, defaults: dict[str, Any] | None = None
+    classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    stage: str | None = None,
+    defaults: dict[str, Any] | None = None,
 ) -> tuple[Any, ...]:
     """Reads `--config file.yaml` and flags into one instance of each dataclass; flags override the file.
+
+    `stage` is the folder of configs/ whose files `--config` may also name without path and suffix: `--config debug`.
 
     `defaults` replace the dataclasses' own where neither file nor flags say anything.
 
@@ -63,7 +69,9 @@ def parse_settings(
         at = argv.index("--config")
         if at + 1 >= len(argv):
             raise ValueError("--config needs a path to a YAML file")
-        _check_config_file(Path(argv[at + 1]), known)
+        file = resolve_config(argv[at + 1], stage) if stage else Path(argv[at + 1])
+        _check_config_file(file, known)
+        argv[at + 1] = str(file)
     flags = [arg for arg in argv if arg.startswith("--") and arg not in ("--config", "--help")]
     for flag in flags:
         name = flag[2:].split("=")[0].replace("-", "_").removeprefix("no_")
@@ -76,7 +84,7 @@ def parse_settings(
 
 def _check_config_file(path: Path, known: dict[str, Any]) -> None:
     if not path.is_file():
-        raise ValueError(f"{path}: no such settings file; configs/<stage>/ holds the ones that ship")
+        raise ValueError(f"{path}: no such settings file")
     text = path.read_text(encoding="utf-8")
     try:
         settings = yaml.safe_load(text)
@@ -113,14 +121,6 @@ def _wrong_type(annotation: Any, value: Any) -> str | None:
 def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else "; see --help for the settings of this stage"
-
-
-def resolve_path(path: str) -> Path:
-    """A data path as given, else the same path below the repository root; ValueError when neither exists."""
-    for candidate in (Path(path), REPOSITORY / path):
-        if candidate.exists():
-            return candidate
-    raise ValueError(f"{path}: no such file; give a path, or leave the setting out to use data/starter")
 
 
 def pick_dtype(name: str) -> torch.dtype:

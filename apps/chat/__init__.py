@@ -1,0 +1,1 @@
+"""`plumbline chat`: a guarded chat in the browser."""

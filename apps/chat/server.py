@@ -16,12 +16,11 @@ from plumbline.apps.label.store.answers import RefusedError
 from plumbline.apps.label.store.database import open_database
 from plumbline.apps.label.store.items import NewItem, NewResponse
 from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.web.files import serve_files
 from plumbline.apps.web.request_guard import WebGuard
 from pydantic import BaseModel, Field
 
-STATIC = Path(__file__).parent / "chat_static"
-SHARED = Path(__file__).parent / "label_static"  # style, icon and the Markdown view
-FILES = {path.name: path for folder in (SHARED, STATIC) for path in folder.iterdir() if path.suffix in (".js", ".css", ".svg")}  # fmt: skip
+STATIC = Path(__file__).parent / "static"
 MAX_TURNS = 200
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 
@@ -112,12 +111,7 @@ def make_chat_app(chat: GuardedChat, thumbs: Thumbs | None = None) -> FastAPI:
     def page() -> FileResponse:
         return FileResponse(STATIC / "chat.html")
 
-    @app.get("/static/{name}", include_in_schema=False)
-    def static(name: str) -> FileResponse:
-        if name not in FILES:
-            raise HTTPException(404, f"no file {name!r}")
-        return FileResponse(FILES[name])
-
+    serve_files(app, STATIC)
     return app
 
 

@@ -1,0 +1,1 @@
+"""Subcommands of `plumbline`, one a file."""

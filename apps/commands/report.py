@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from plumbline.align.runtime.launch import REPOSITORY
 from plumbline.eval.pages.run_page import readme_table, render
 from plumbline.eval.plotting.run_plots import plot_overview
+
+from plumbline.paths import HOME
 
 _BEGIN, _END = "<!-- demo table -->", "<!-- end of demo table -->"
 
@@ -28,10 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def write_readme(run: Path) -> None:
     """Puts the figure and the table of a demo run into the README, with the command that made them."""
+    if not (HOME / "README.md").is_file():
+        raise ValueError("--readme writes README.md and docs/demo.png of a clone; this is an installed package")
     summary = json.loads((run / "summary.json").read_text())
     metrics = [json.loads(line) for line in (run / "ppo" / "metrics.jsonl").read_text().splitlines()]
-    plot_overview(summary, metrics).savefig(REPOSITORY / "docs" / "demo.png", dpi=130)
-    readme = REPOSITORY / "README.md"
+    plot_overview(summary, metrics).savefig(HOME / "docs" / "demo.png", dpi=130)
+    readme = HOME / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, after = text.index(_BEGIN) + len(_BEGIN), text.index(_END)
     accuracy, baseline = summary["reward_model"]["accuracy"], summary["reward_model"]["length_baseline"]

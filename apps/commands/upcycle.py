@@ -82,5 +82,5 @@ def run(settings: UpcycleSettings) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    (settings,) = parse_settings((UpcycleSettings,), argv)
+    (settings,) = parse_settings((UpcycleSettings,), argv, stage="upcycle")
     print(f"upcycle: the policy is in {run(settings)}")

@@ -1,0 +1,1 @@
+"""`plumbline guard`: check, explain, chat, index, measure, watch for drift."""

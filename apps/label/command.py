@@ -20,7 +20,7 @@ from plumbline.apps.label.store.answers import RefusedError
 from plumbline.apps.label.store.database import open_database
 from plumbline.apps.label.store.store import LabelStore
 
-GUIDELINES = Path(__file__).parent / "label_static" / "guidelines.md"
+GUIDELINES = Path(__file__).parent / "static" / "guidelines.md"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -118,7 +118,8 @@ def _response(value: Any) -> NewResponse:
 def starter_items() -> list[NewItem]:
     """The preference pairs that ship with Plumbline, to be labelled blind."""
     from plumbline.align.data.rows import read_rows
-    from plumbline.align.runtime.launch import STARTER
+
+    from plumbline.paths import STARTER
 
     path = STARTER / "preferences.jsonl"
     return [item_of(place, row, source="starter") for place, row in read_rows(path)]

@@ -63,7 +63,9 @@ def train_reward_model(pairs: Path, run: Path, settings: LoopSettings) -> Path:
 
     argv = ["--config", settings.config] if settings.config else []
     argv += ["--train_file", str(pairs), "--output_dir", str(run), "--holdout_every", str(settings.holdout_every)]
-    stage, args = parse_settings((RewardModelSettings, RewardConfig), argv, defaults=trainer_defaults())
+    stage, args = parse_settings(
+        (RewardModelSettings, RewardConfig), argv, stage="reward_model", defaults=trainer_defaults()
+    )
     return train(stage, args) / "model"
 
 

@@ -30,7 +30,6 @@ if not __package__:
 
 from plumbline.align.data.formats import read_pairs  # noqa: E402
 from plumbline.align.data.rows import last_user_text, read_preferences, split_pairs  # noqa: E402
-from plumbline.align.runtime.launch import STARTER  # noqa: E402
 from plumbline.apps.label.loop import STRATEGIES, LoopSettings, Scorer, run_loop  # noqa: E402
 from plumbline.apps.label.store.answers import Answer  # noqa: E402
 from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
@@ -38,6 +37,8 @@ from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
 from plumbline.apps.label.store.store import LabelStore  # noqa: E402
 from plumbline.apps.registry import Registry  # noqa: E402
 from plumbline.reward.tuning import embedding_features, fit_logistic  # noqa: E402
+
+from plumbline.paths import STARTER  # noqa: E402
 
 Features = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # prompts, answers -> (N, F)
 COMPONENTS = 96

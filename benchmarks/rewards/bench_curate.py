@@ -24,9 +24,10 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from plumbline.align.data.curation import CurationRules, Row, curate
-from plumbline.align.runtime.launch import STARTER
 from plumbline.apps.commands.curate import read
 from plumbline.safety.embedder.embedding import Embedder
+
+from plumbline.paths import STARTER
 
 SHARE = 0.05
 SYNONYMS = dict(

@@ -31,7 +31,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from plumbline.align.data.rows import read_preferences
-from plumbline.align.runtime.launch import STARTER, pick_dtype, trainer_defaults
+from plumbline.align.runtime.launch import pick_dtype, trainer_defaults
 from plumbline.align.runtime.pair_trainer import PairCollator, PairTrainer, shared_row_scores
 from plumbline.policy_models.attention import default_attention
 from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
@@ -39,6 +39,7 @@ from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from benchmarks.records import append, commit, device_name
+from plumbline.paths import STARTER
 
 RESULTS = Path(__file__).parent / "results" / "reward_model.csv"
 COLUMNS = "commit device threads provider shape p20 p50 p80".split()

@@ -18,8 +18,9 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import torch
 from plumbline.align.data.rows import last_user_text, read_preferences
-from plumbline.align.runtime.launch import STARTER
 from plumbline.reward.composite import default_composite
+
+from plumbline.paths import STARTER
 
 
 def main() -> None:

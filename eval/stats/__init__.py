@@ -1,0 +1,1 @@
+"""Intervals and tests, and the tables of figures made with them."""

@@ -22,7 +22,7 @@ from plumbline.eval.stats.intervals import (
 )
 from plumbline.eval.tasks import Graded, Scorer
 
-JUDGES = Path(__file__).resolve().parent / "judges"
+JUDGES = Path(__file__).resolve().parents[1] / "grading" / "judges"
 RESAMPLES = 4000
 
 

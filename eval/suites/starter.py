@@ -8,7 +8,8 @@ from typing import Any
 
 from plumbline.eval.samples import Sample, read_samples
 
-STARTER = Path(__file__).resolve().parents[2] / "data" / "starter"
+from plumbline.paths import STARTER
+
 HERE = Path(__file__).resolve().parent
 
 

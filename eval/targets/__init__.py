@@ -1,0 +1,1 @@
+"""What is evaluated: weights, adapters, run folders, endpoints, recorded answers, functions, guarded models."""

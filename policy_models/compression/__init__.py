@@ -1,0 +1,1 @@
+"""Smaller weights: 4 and 8 bits, experts included."""

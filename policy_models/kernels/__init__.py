@@ -15,10 +15,9 @@ import importlib.util
 import os
 from typing import Any
 
+from plumbline.policy_models.experts import grouped_experts_forward
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
-
-from ..experts import grouped_experts_forward
 
 TRITON_EXPERTS = "policy_triton"
 
@@ -36,7 +35,7 @@ def triton_experts_forward(experts: Any, x_TD: Tensor, indices_TK: Tensor, weigh
     """As `grouped_experts_forward`, by our kernels; by it where they cannot run or the experts have adapters."""
     if kernels_run_on(x_TD.device.type) is not None or hasattr(experts, "split_lora"):
         return grouped_experts_forward(experts, x_TD, indices_TK, weights_TK)
-    from .experts import routed_swiglu_experts
+    from plumbline.policy_models.kernels.experts import routed_swiglu_experts
 
     return routed_swiglu_experts(experts, x_TD, indices_TK, weights_TK)
 

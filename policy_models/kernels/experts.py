@@ -7,10 +7,9 @@ and d weights from dout and z, then the gradients of both matrices, then that of
 from typing import Any
 
 import torch
+from plumbline.policy_models.experts import expert_weight, gemm_dtype
+from plumbline.policy_models.kernels.grouped import Rows
 from torch import Tensor
-
-from ..experts import expert_weight, gemm_dtype
-from .grouped import Rows
 
 
 @torch.library.custom_op("plumbline::moe", mutates_args=())

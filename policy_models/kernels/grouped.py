@@ -13,9 +13,8 @@ reference.py.
 import torch
 import triton
 import triton.language as tl
+from plumbline.policy_models.kernels.interpreter import patch_interpreter
 from torch import Tensor
-
-from .interpreter import patch_interpreter
 
 patch_interpreter()
 

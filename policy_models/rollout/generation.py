@@ -18,10 +18,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from plumbline.policy_models.rollout.decoder import Decoder, compute_dtype, supports_fast_path
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-
-from .decoder import Decoder, compute_dtype, supports_fast_path
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons for the slow path that were logged

@@ -3,11 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from plumbline.policy_models.rollout.decoder import Decoder, compute_dtype, supports_fast_path
+from plumbline.policy_models.rollout.generation import Processor, _Answers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-
-from .decoder import Decoder, compute_dtype, supports_fast_path
-from .generation import Processor, _Answers
 
 
 def stream(

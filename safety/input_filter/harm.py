@@ -1,7 +1,7 @@
 """How likely a prompt asks for something harmful, and of which kind.
 
 A small MLP on MiniLM embeddings, trained against harmless prompts that sound harmful ("kill a Python process"): without
-those, such a head recognises a topic, not an aim. heads/CARD.md has the data, the held-out figures and the limits.
+those, such a head recognises a topic, not an aim. safety/weights/CARD.md has the data, the held-out figures and the limits.
 """
 
 from __future__ import annotations

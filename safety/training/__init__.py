@@ -1,0 +1,1 @@
+"""What trains the classifier heads and the entailment head, with their data and their card. No other room imports it."""

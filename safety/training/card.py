@@ -1,4 +1,4 @@
-"""`python -m plumbline.safety.training.card`: writes heads/CARD.md from what each shipped head's file says about itself."""
+"""`python -m plumbline.safety.training.card`: writes safety/weights/CARD.md from what each shipped head's file says about itself."""
 
 from plumbline.safety.classifier import SHIPPED, Head
 

@@ -22,7 +22,9 @@ from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.verifier.entailment import FEATURES, features
 from plumbline.safety.verifier.vetoes import names, quantities
 
-FACTS = Path(__file__).parents[2] / "data" / "starter" / "facts.jsonl"
+from plumbline.paths import STARTER
+
+FACTS = STARTER / "facts.jsonl"
 Row = tuple[str, str, int]  # passage, claim, 1 if supported
 
 

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from plumbline.align.data.rows import PreferencePair, read_preferences
 from plumbline.align.reward_model import RewardModelSettings, _source, accuracy_report, pair_rows, train
-from plumbline.align.runtime.launch import REPOSITORY, trainer_defaults
+from plumbline.align.runtime.launch import trainer_defaults
 from plumbline.policy_models.loading import load_tokenizer
 from trl import RewardConfig
+
+from plumbline.paths import HOME
 
 
 def pair(n=0, **fields):
@@ -77,7 +79,7 @@ def test_settings_are_checked(options, message):
 
 def test_sources_are_paths_from_anywhere_or_hub_ids(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    starter = REPOSITORY / "data/starter/preferences.jsonl"
+    starter = HOME / "data/starter/preferences.jsonl"
     assert _source("data/starter/preferences.jsonl,owner/name") == f"{starter},owner/name"
     with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
         _source("owner/name,nowhere.jsonl")

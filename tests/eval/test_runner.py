@@ -89,7 +89,9 @@ run_suites([CallableTarget("slow", slow)], [task()], ReplyStore({folder!r}), qui
 
 def test_sigkill_in_the_middle_leaves_the_same_results_and_no_duplicates(tmp_path):
     (tmp_path / "tests_stub.py").write_text(
-        "from plumbline.eval.grading.graders import each\nfrom plumbline.eval.samples import Sample\nfrom plumbline.eval.tasks import EvalTask, Scorer\n"
+        "from plumbline.eval.grading.graders import each\n"
+        "from plumbline.eval.samples import Sample\n"
+        "from plumbline.eval.tasks import EvalTask, Scorer\n"
         "def task():\n"
         "    s = [Sample(id=str(i), input=f'q{i}') for i in range(160)]\n"
         "    w = Scorer(name='w', grade=each(lambda a, r: len(r.text)), rate=False)\n"

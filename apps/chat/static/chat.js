@@ -2,7 +2,7 @@
 // Model text becomes text nodes only (markdown.js).
 
 import { formatted } from "/static/markdown.js";
-import { el } from "/static/task.js";
+import { el } from "/static/dom.js";
 
 const at = (id) => document.getElementById(id);
 const messages = []; // what has been said, as the page shows it; an answer that failed is not in it

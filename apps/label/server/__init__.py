@@ -1,0 +1,1 @@
+"""The labelling app's web server: the REST API and the pages."""

@@ -26,11 +26,12 @@ from plumbline.apps.label.store.answers import (
     RefusedError,
 )
 from plumbline.apps.label.store.store import LabelStore
+from plumbline.apps.web.files import serve_files
 from plumbline.apps.web.request_guard import WebGuard
 from pydantic import BaseModel, Field, StringConstraints
 
 COOKIE = "plumbline_session"
-STATIC = Path(__file__).parent / "label_static"
+STATIC = Path(__file__).parents[1] / "static"
 MAX_UPLOAD = 64 * 2**20  # bytes
 MAX_BODY = 2**20  # bytes of a JSON request
 
@@ -377,10 +378,5 @@ def make_api(store: LabelStore, arena: Arena | None = None, *, secure_cookie: bo
     def sign_in_page() -> FileResponse:
         return FileResponse(STATIC / "sign_in.html")
 
-    @app.get("/static/{name}", include_in_schema=False)
-    def static(name: str) -> FileResponse:
-        if name not in {path.name for path in STATIC.iterdir()}:
-            raise HTTPException(404, f"no file {name!r}")
-        return FileResponse(STATIC / name)
-
+    serve_files(app, STATIC)
     return app

@@ -1,4 +1,4 @@
-"""The pages: gradio's tabs, mounted in the FastAPI app, with one custom element of label_static/ in each.
+"""The pages: gradio's tabs, mounted in the FastAPI app, with one custom element of static/ in each.
 
 gradio draws the shell, the theme and the guidelines; what changes anything goes from the page to the REST API, so that
 there is one door with one lock. The two handlers here only read.
@@ -26,7 +26,7 @@ TABS = {  # title -> (element, the role that sees it)
     "Admin": ("admin", "admin"),
 }
 HEAD = (
-    '<link rel="stylesheet" href="/static/label.css"><link rel="icon" href="/static/icon.svg" type="image/svg+xml">'
+    '<link rel="stylesheet" href="/static/plumbline.css"><link rel="icon" href="/static/icon.svg" type="image/svg+xml">'
     '<script type="module" src="/static/pages.js"></script>'
 )
 CSS = """

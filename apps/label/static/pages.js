@@ -1,6 +1,7 @@
 // The pages of the labelling app as custom elements; gradio puts one into each tab. Every change goes through /api.
 
-import { TaskView, el, key } from "/static/task.js";
+import { el } from "/static/dom.js";
+import { TaskView, key } from "/static/task.js";
 
 class ApiError extends Error {
   constructor(status, message) { super(message); this.status = status; }

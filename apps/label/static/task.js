@@ -1,19 +1,8 @@
 // One task on the screen: prompt, answers, what one can say about them, by mouse and by keyboard.
 // Model text only ever becomes a text node; nothing here builds HTML from it.
 
+import { el } from "/static/dom.js";
 import { formatted } from "/static/markdown.js";
-
-export function el(tag, props = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(props)) {
-    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
-    else if (name === "class") node.className = value;
-    else if (typeof value === "boolean" && name in node) node[name] = value;
-    else if (value !== null && value !== undefined) node.setAttribute(name, value);
-  }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
-  return node;
-}
 
 export const key = (name) => el("kbd", { "aria-hidden": "true" }, name);
 const letter = (slot) => "ABCDEF"[slot];

@@ -1,0 +1,1 @@
+"""The label database: items, leases, answers, accounts, votes, backups."""

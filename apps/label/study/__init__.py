@@ -1,0 +1,1 @@
+"""What the labels say: agreement, annotators, models, and their plot."""
