@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
 from plumbline.align.data.rows import read_preferences, split_pairs
 from plumbline.align.models.actors import ModelSettings, load_start
 from plumbline.align.models.answer_head import score_answers_only
 from plumbline.align.runtime.launch import open_run, parse_settings, trainer_defaults
 from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
+from plumbline.paths import STARTER, resolve_path
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.router import RouterBalance
-from trl import DPOConfig, DPOTrainer
-
-from plumbline.paths import STARTER, resolve_path
 
 
 @dataclass(kw_only=True)

@@ -25,6 +25,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
 from plumbline.align.data.rows import Messages
 from plumbline.align.models.actors import Actors, load_start
 from plumbline.align.parallel.gradient_compression import PowerSGD
@@ -57,9 +61,6 @@ from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs,
 from plumbline.policy_models.rollout.memory import tune_cpu_memory
 from plumbline.reward import CompositeReward, Reward, statistics
 from plumbline.reward.learned import LearnedPreference
-from torch import Tensor
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 
 class PPO:

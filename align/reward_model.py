@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from trl import RewardConfig
+
 from plumbline.align.data.formats import cost_pairs, read_training_pairs
 from plumbline.align.data.mixture import DomainMixture
 from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
@@ -35,15 +37,13 @@ from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
 from plumbline.eval.plotting.pair_plots import plot_pair_reports
 from plumbline.eval.stats.intervals import wilson
 from plumbline.eval.stats.pair_accuracy import pair_report, shared_prompts
+from plumbline.paths import STARTER, resolve_path
 from plumbline.policy_models.attention import default_attention
 from plumbline.policy_models.compression.quantise import quantise
 from plumbline.policy_models.loading import load_scalar_model, load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.router import RouterBalance
 from plumbline.reward.learned import SCALING_FILE, LearnedPreference
-from trl import RewardConfig
-
-from plumbline.paths import STARTER, resolve_path
 
 
 @dataclass(kw_only=True)

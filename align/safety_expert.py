@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from plumbline.policy_models.chat import encode_prompts, sample_answers
-from plumbline.policy_models.devices import fast_dtype
 from torch import Tensor
 
 from plumbline.paths import STARTER
+from plumbline.policy_models.chat import encode_prompts, sample_answers
+from plumbline.policy_models.devices import fast_dtype
 
 # As the bundled model itself declines: SafeDecoding takes only tokens that the base ranks high too. " cannot" stands at place 60 after "I".
 DECLINE = "I'm sorry, but I can't help with that."

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
 from plumbline.align.data.rows import Messages, last_user_text, read_prompts
 from plumbline.align.models.actors import load_start
 from plumbline.align.rl.inputs import build_reward
@@ -27,12 +28,11 @@ from plumbline.align.rl.rollouts import drop_long_prompts
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
+from plumbline.paths import resolve_path
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_tokenizer, resolve_model_source
 from plumbline.reward import CompositeReward
-
-from plumbline.paths import resolve_path
 
 
 @dataclass(kw_only=True)

@@ -29,15 +29,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+import yaml
+from peft import PeftModel
+
 import plumbline.align.dpo
 import plumbline.align.ppo
 import plumbline.align.reward_model
 import plumbline.align.sample_pairs
 import plumbline.align.sft
 import plumbline.apps.commands.upcycle
-import torch
-import yaml
-from peft import PeftModel
 from plumbline.align.rl.inputs import build_reward
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.runtime.launch import parse_settings, pick_dtype
@@ -46,11 +47,10 @@ from plumbline.eval.pages.run_page import render
 from plumbline.eval.samples import read_samples
 from plumbline.eval.stats.gains import summarise
 from plumbline.eval.transcripts import add_kl, transcribe
+from plumbline.paths import CONFIGS, STARTER
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_for_answers, load_tokenizer
 from plumbline.reward import Scaling
-
-from plumbline.paths import CONFIGS, STARTER
 
 STAGES = ("upcycle", "sft", "reward_model", "dpo", "ppo")
 

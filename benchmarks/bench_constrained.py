@@ -27,6 +27,8 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import numpy as np
 import torch
+
+from benchmarks.records import append_measures
 from plumbline.eval.grading.refusal_rules import declines
 from plumbline.eval.stats.intervals import paired_bootstrap, wilson
 from plumbline.policy_models.chat import encode_prompts, stop_ids
@@ -37,8 +39,6 @@ from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor
 from plumbline.safety.constrained.guided import OtherAdapter, SafeDecoding, only_adapter
 from plumbline.safety.constrained.rows import token_bytes
 from plumbline.safety.constrained.spellings import Phrases
-
-from benchmarks.records import append_measures
 
 RESULTS = Path(__file__).parent / "results" / "constrained.csv"
 COLUMNS = "commit model part measure value low high n".split()

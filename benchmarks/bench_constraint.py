@@ -19,9 +19,8 @@ from typing import Any
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from plumbline.eval.stats.intervals import paired_bootstrap
-
 from benchmarks.real_prompts import launch, read_metrics
+from plumbline.eval.stats.intervals import paired_bootstrap
 
 PARTS = ("fluency", "relevance", "safety", "toxicity", "preference")
 

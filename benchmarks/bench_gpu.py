@@ -27,13 +27,13 @@ if "--cpu" in sys.argv:
 
 import torch
 import torch.nn.functional as F
-from plumbline.policy_models.experts import DEFAULT_EXPERTS
-from plumbline.policy_models.kernels import TRITON_EXPERTS, kernels_run_on
 from torch import Tensor
 
 from benchmarks.experts import bench_logprob, bench_moe, moe_peers
 from benchmarks.experts.bench_moe import Shape
 from benchmarks.records import append_dicts, device_name
+from plumbline.policy_models.experts import DEFAULT_EXPERTS
+from plumbline.policy_models.kernels import TRITON_EXPERTS, kernels_run_on
 
 CHECKED = [
     Shape(1, 576, 1536, 8, 2),

@@ -25,14 +25,14 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+
+from benchmarks.records import append, commit, device_name
 from plumbline.safety.findings import ScanItem, Stage
 from plumbline.safety.pipeline import Guard, StreamCheck
 from plumbline.safety.policy import load_policy
 from plumbline.safety.scanning import Scanning
 from plumbline.safety.text.normalise import views
 from plumbline.safety.text.redaction import Vault
-
-from benchmarks.records import append, commit, device_name
 
 RESULTS = Path(__file__).parent / "results" / "guard.csv"
 COLUMNS = "commit device threads tokens what p50_ms p95_ms p99_ms".split()

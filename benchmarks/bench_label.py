@@ -30,11 +30,10 @@ import numpy as np
 if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.records import append_dicts  # noqa: E402
 from plumbline.apps.label.store.database import open_database  # noqa: E402
 from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
 from plumbline.apps.label.store.store import LabelStore  # noqa: E402
-
-from benchmarks.records import append_dicts  # noqa: E402
 
 PASSWORD = "a simulated password"
 RESULTS = Path(__file__).parent / "results" / "label.csv"

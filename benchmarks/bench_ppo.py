@@ -32,9 +32,9 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-from plumbline.align.runtime.launch import pick_dtype
 
 from benchmarks.records import append_dicts, commit, device_name
+from plumbline.align.runtime.launch import pick_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "ppo.csv"
@@ -190,8 +190,9 @@ def trl_steps(prompts: list[dict], args: argparse.Namespace) -> dict:
     import datasets
     import transformers
     import trl
-    from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
 
     if trl.__version__ != "1.12.0":
         raise SystemExit(f"trl {trl.__version__} in this environment; `make bench-peers` installs 1.12.0")
@@ -274,6 +275,7 @@ def same_models(prompts: list[dict], args: argparse.Namespace) -> dict:
 def shared_weights(prompts: list[dict], args: argparse.Namespace) -> dict:
     """Ours with one backbone: adapters for policy and reward model, the critic a head on the reference."""
     from peft import LoraConfig, get_peft_model
+
     from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
     from plumbline.reward.learned import LearnedPreference
 
@@ -300,8 +302,9 @@ class _Nothing:
 
 def our_steps(prompts: list[dict], args: argparse.Namespace, component: Callable, **options) -> dict:
     """One warm-up step and `args.steps` measured ones of `plumbline.align.ppo.PPO`, as its own loop runs them."""
-    import plumbline.policy_models.chat
     from accelerate import Accelerator
+
+    import plumbline.policy_models.chat
     from plumbline.align.ppo import PPO, PPOSettings
     from plumbline.policy_models.rollout.memory import tune_cpu_memory
     from plumbline.reward import CompositeReward

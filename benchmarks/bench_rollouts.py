@@ -23,13 +23,13 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from benchmarks.records import append_dicts, commit, device_name
 from plumbline.align.runtime.launch import pick_dtype
 from plumbline.policy_models.loading import load_policy
 from plumbline.policy_models.rollout.generation import Answer, generate
 from plumbline.policy_models.upcycling import upcycle
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
-
-from benchmarks.records import append_dicts, commit, device_name
 
 RESULTS = Path(__file__).parent / "results" / "rollouts.csv"
 COLUMNS = "commit device threads provider shape p20 p50 p80 p50_per_cpu_second peak_mib".split()

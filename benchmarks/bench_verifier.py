@@ -30,14 +30,14 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
+
+from benchmarks.records import append_measures
 from plumbline.eval.stats.intervals import wilson
 from plumbline.safety.verifier.claims import Claim, sentence_spans
 from plumbline.safety.verifier.entailment import EntailmentModel, load_entailment
 from plumbline.safety.verifier.facts import FactChecker, FactVerdict, VerifierSettings, judge
 from plumbline.safety.verifier.knowledge import Document, Hit, KnowledgeBase, Passage
 from plumbline.safety.verifier.vetoes import quantities, same
-
-from benchmarks.records import append_measures
 
 RESULTS = Path(__file__).parent / "results" / "verifier.csv"
 COLUMNS = "commit tier set measure value low high n".split()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from plumbline.eval.grading.graders import complied_on_topic
 from plumbline.eval.runner import ask
 from plumbline.eval.samples import Sample

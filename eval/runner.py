@@ -18,10 +18,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from plumbline.eval.samples import Sample
 from plumbline.eval.targets.targets import GuardedTarget, Target
 from plumbline.eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
-from tqdm import tqdm
 
 CHUNK = 64  # samples asked at once, at most; part of the hash, since an answer's last bits may depend on its batch
 

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from plumbline.eval.samples import Sample
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.logprobs import answer_logprobs, pack_rows, token_budget_batches
 from plumbline.reward import CompositeReward
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def transcribe(

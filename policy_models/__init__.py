@@ -4,13 +4,6 @@ Importing the package registers the model with transformers' Auto classes, so th
 siblings load a saved policy, and the layout of its checkpoints: one 2-D tensor per expert, as Qwen3-MoE has them.
 """
 
-from plumbline.policy_models.configuration import MoEPolicyConfig
-from plumbline.policy_models.kernels import dispatch  # noqa: F401  # registers its back ends; imports no triton
-from plumbline.policy_models.modeling import (
-    MoEPolicyForCausalLM,
-    MoEPolicyForSequenceClassification,
-    MoEPolicyModel,
-)
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -18,6 +11,13 @@ from transformers.conversion_mapping import (
 )
 
 from plumbline.lazy import exports
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.kernels import dispatch  # noqa: F401  # registers its back ends; imports no triton
+from plumbline.policy_models.modeling import (
+    MoEPolicyForCausalLM,
+    MoEPolicyForSequenceClassification,
+    MoEPolicyModel,
+)
 
 AutoConfig.register(MoEPolicyConfig.model_type, MoEPolicyConfig)
 AutoModel.register(MoEPolicyConfig, MoEPolicyModel)

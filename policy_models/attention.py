@@ -9,12 +9,13 @@ B rows, H query heads, KV key heads, G = H / KV, S queries, L keys, D head width
 """
 
 import torch
-from plumbline.policy_models.devices import default_device
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from plumbline.policy_models.devices import default_device
 
 PACKED = "packed"
 _MAX_SCORES = 512 * 512  # S * L above which the score matrix costs more than the fused kernel

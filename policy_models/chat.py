@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from plumbline.policy_models.rollout.generation import Answer, generate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from plumbline.policy_models.rollout.generation import Answer, generate
 
 Messages = list[dict[str, str]]
 

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from plumbline.policy_models.configuration import MoEPolicyConfig
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MoeModelOutputWithPast, SequenceClassifierOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from plumbline.policy_models.configuration import MoEPolicyConfig
 
 
 class MoEPolicyRMSNorm(nn.Module):

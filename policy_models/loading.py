@@ -24,11 +24,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from plumbline.policy_models.compression.quantise import Packed
-from plumbline.policy_models.compression.quantise import quantise as quantise_model
-from plumbline.policy_models.configuration import MoEPolicyConfig
-from plumbline.policy_models.devices import default_device, fast_dtype
-from plumbline.policy_models.modeling import MoEPolicyForCausalLM, scalar_head_std
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -44,6 +39,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.initialization import no_init_weights
+
+from plumbline.policy_models.compression.quantise import Packed
+from plumbline.policy_models.compression.quantise import quantise as quantise_model
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.devices import default_device, fast_dtype
+from plumbline.policy_models.modeling import MoEPolicyForCausalLM, scalar_head_std
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
 from plumbline.policy_models.experts import gemm_dtype
 from plumbline.policy_models.kernels import kernels_serve
 from plumbline.policy_models.rollout.trunk import upper_layers
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 _CHUNK_ROWS = 256  # rows of fp32 logits held at a time: 50 MB at a vocabulary of 49,152
 _CHUNK_LOGITS_CPU = 2**18  # and on a CPU: they stay in its cache between the passes

@@ -18,10 +18,11 @@ from typing import Any
 
 import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
+from torch import Tensor, nn
+
 from plumbline.policy_models.experts import DEFAULT_EXPERTS
 from plumbline.policy_models.kernels import TRITON_EXPERTS
 from plumbline.policy_models.kernels.dispatch import AUTO_EXPERTS
-from torch import Tensor, nn
 
 _OURS = (DEFAULT_EXPERTS, TRITON_EXPERTS, AUTO_EXPERTS)  # the back ends that read `split_lora`
 

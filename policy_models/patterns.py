@@ -17,9 +17,10 @@ B rows, S queries, L keys, J heads of the scorer, C head width.
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+
 from plumbline.policy_models.configuration import MoEPolicyConfig
 from plumbline.policy_models.layers import ZeroLinear
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from plumbline.policy_models.configuration import MoEPolicyConfig
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers import initialization as init
+
+from plumbline.policy_models.configuration import MoEPolicyConfig
 
 
 class Router(nn.Module):

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plumbline.policy_models.configuration import MoEPolicyConfig
-from plumbline.policy_models.modeling import MoEPolicyForCausalLM
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
+
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.modeling import MoEPolicyForCausalLM
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -47,8 +47,9 @@ class HubClassifier:
         if source is None and (model is None or tokenizer is None):
             raise ValueError("HubClassifier needs a source, or both a model and a tokenizer")
         if model is None or tokenizer is None:
-            from plumbline.policy_models.loading import resolve_model_source
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+            from plumbline.policy_models.loading import resolve_model_source
 
             path = resolve_model_source(str(source))
             model = model or AutoModelForSequenceClassification.from_pretrained(path)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.findings import ScanItem
 from plumbline.safety.scanning import Scanning

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from plumbline.safety.findings import Action, Finding, Fired, Stage
 from plumbline.safety.taxonomy import severity
 

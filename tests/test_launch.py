@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from transformers import PreTrainedModel
+
 from plumbline.align import dpo, ppo, reward_model, sft
 from plumbline.align.data.rows import read_preferences, split_pairs
 from plumbline.align.models.actors import Actors
 from plumbline.align.ppo import PPOSettings
 from plumbline.reward import CompositeReward
-from transformers import PreTrainedModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 STAGES = {"sft": sft, "reward_model": reward_model, "ppo": ppo, "dpo": dpo}

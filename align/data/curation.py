@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from plumbline.align.data.duplicates import (
     EMBED_CHARS,
     Row,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from plumbline.reward.tuning import embedding_features, fit_logistic
 
 Embed = Callable[[Sequence[str]], NDArray[Any]]

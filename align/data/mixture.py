@@ -10,8 +10,9 @@ B rows of a batch.
 from collections.abc import Sequence
 
 import torch
-from plumbline.align.data.domain_weights import update_mixture
 from torch import Tensor
+
+from plumbline.align.data.domain_weights import update_mixture
 
 MEMORY = 0.9  # of the running mean of a domain's loss, a batch that has rows of it
 

@@ -17,6 +17,15 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.pytorch_utils import Conv1D
+
 from plumbline.align.parallel.sharding import shard, whole
 from plumbline.align.rl.losses import like
 from plumbline.align.runtime.launch import pick_dtype
@@ -26,14 +35,6 @@ from plumbline.policy_models.loading import load_policy, load_scalar_model
 from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs, answer_states
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.rollout.trunk import frozen_layers, trunk_states
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.pytorch_utils import Conv1D
 
 POLICY, CRITIC, REWARD = "policy", "critic", "reward"
 CRITICS = ("own", "head", "none")

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from plumbline.policy_models.logprobs import token_logprobs
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
+
+from plumbline.policy_models.logprobs import token_logprobs
 
 # What a model may do to its logits after the head; TRL's own head knows these, ours leaves such models to it.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")

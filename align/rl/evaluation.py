@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
+
 from plumbline.align.rl.rollouts import pad_answers, texts_of
 from plumbline.align.rl.watch import grader_watch
 from plumbline.align.runtime.tracking import Metrics, sample_rows, write_rows
-from plumbline.reward import Scaling, statistics
-
 from plumbline.paths import resolve_path
+from plumbline.reward import Scaling, statistics
 
 PPO = Any  # the run of align/ppo.py, which imports this file
 

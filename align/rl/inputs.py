@@ -3,14 +3,14 @@
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
 from plumbline.align.data.rows import Messages, read_prompts
 from plumbline.align.models.actors import Actors
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.runtime.launch import pick_dtype
-from plumbline.reward import CompositeReward, default_composite
-from transformers import PreTrainedTokenizerBase
-
 from plumbline.paths import resolve_path
+from plumbline.reward import CompositeReward, default_composite
 
 
 def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messages]]:

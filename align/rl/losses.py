@@ -8,8 +8,9 @@ B answers, R answer positions. Everything here is fp32.
 """
 
 import torch
-from plumbline.align.rl.kl_control import kl_estimate
 from torch import Tensor
+
+from plumbline.align.rl.kl_control import kl_estimate
 
 
 def masked_mean(x_BR: Tensor, keep_BR: Tensor) -> Tensor:

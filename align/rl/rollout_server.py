@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+
 from plumbline.policy_models.rollout.generation import Answer
 
 # Mean difference of log-probabilities, in nats a token, above which the server is taken to serve something else.

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from plumbline.align.data.rows import Messages, last_user_text
 from plumbline.policy_models.logprobs import Trunk, token_budget_batches
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
 from plumbline.align.models.actors import ModelSettings
 from plumbline.align.rl.advantages import ESTIMATORS as ADVANTAGES
 from plumbline.align.rl.kl_control import ESTIMATORS, KLController
 from plumbline.align.rl.lagrangian import Lagrangian
 from plumbline.align.runtime.launch import pick_dtype
 from plumbline.align.runtime.optimizers import OPTIMIZERS
-
 from plumbline.paths import STARTER
 
 _AT_LEAST_ONE = (

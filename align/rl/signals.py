@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+
 from plumbline.align.rl.advantages import gae, group_advantages, token_rewards, whiten
 from plumbline.align.rl.kl_control import kl_estimate
 from plumbline.align.rl.lagrangian import Lagrangian
 from plumbline.align.rl.rollouts import RolloutBatch
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.reward import Parts, Reward
-from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from plumbline.align.parallel.sharding import by_sharding, is_shard
 from torch import Tensor, nn
+
+from plumbline.align.parallel.sharding import by_sharding, is_shard
 
 OPTIMIZERS = ("adamw", "adamw_8bit")
 _EPS = 1e-5  # Huang et al. 2024, arXiv:2403.17031: 1e-8 lets the first steps of a small gradient be as large as any

@@ -23,12 +23,13 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from plumbline.align.data.mixture import DomainMixture
-from plumbline.policy_models.attention import PACKED
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Sampler
 from trl import RewardTrainer
+
+from plumbline.align.data.mixture import DomainMixture
+from plumbline.policy_models.attention import PACKED
 
 OPTIONAL = ("margin", "p_chosen", "chosen_harm", "rejected_harm", "domain")  # columns of numbers a dataset may have
 SHARED_BACKBONES = {"LlamaModel", "MistralModel", "MoEPolicyModel", "Qwen2Model", "Qwen3Model"}

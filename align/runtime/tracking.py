@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, TrainerCallback
+
 from plumbline.policy_models.balance import router_load
 from plumbline.policy_models.logprobs import PackedRows
 from plumbline.reward import Reward
-from transformers import PreTrainedModel, TrainerCallback
 
 
 class Metrics:

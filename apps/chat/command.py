@@ -288,6 +288,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         import uvicorn
+
         from plumbline.apps.chat.server import Thumbs, make_chat_app
     except ImportError as error:
         raise ValueError(f"{error.name} is missing; pip install 'plumbline-rlhf[ui]'") from None

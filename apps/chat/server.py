@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
 from plumbline.apps.chat.command import GuardedChat
 from plumbline.apps.label.store.answers import RefusedError
 from plumbline.apps.label.store.database import open_database
@@ -18,7 +20,6 @@ from plumbline.apps.label.store.items import NewItem, NewResponse
 from plumbline.apps.label.store.store import LabelStore
 from plumbline.apps.web.files import serve_files
 from plumbline.apps.web.request_guard import WebGuard
-from pydantic import BaseModel, Field
 
 STATIC = Path(__file__).parent / "static"
 MAX_TURNS = 200

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from plumbline.align.data.curation import Curated, CurationRules, Row, curate
 from plumbline.align.data.domain_weights import QualityScore, balance, difficulty
 from plumbline.align.data.formats import SUFFIXES, read_rows
 from plumbline.align.data.rows import last_user_text, read_preferences
 from plumbline.align.runtime.launch import parse_settings
-
 from plumbline.paths import STARTER
 
 PROMPTS = ("prompt", "instruction", "question")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from plumbline.align.data.formats import read_pairs
 from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
 from plumbline.align.runtime.launch import parse_settings, pick_dtype

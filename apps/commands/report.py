@@ -7,7 +7,6 @@ from pathlib import Path
 
 from plumbline.eval.pages.run_page import readme_table, render
 from plumbline.eval.plotting.run_plots import plot_overview
-
 from plumbline.paths import HOME
 
 _BEGIN, _END = "<!-- demo table -->", "<!-- end of demo table -->"

@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from plumbline.align.data.formats import read_pairs
 from plumbline.align.data.rows import last_user_text, read_sft
 from plumbline.align.runtime.launch import parse_settings
 from plumbline.apps.commands.eval_reward import FOLDS, SIGNS, part_differences, prompt_text, sample_by_prompt
 from plumbline.eval.stats.pair_accuracy import accuracy, fold_of
+from plumbline.paths import STARTER, resolve_path
 from plumbline.reward.attacks import AttackResult, Score, attack
 from plumbline.reward.components.toxicity import Toxicity
 from plumbline.reward.composite import CompositeReward, default_composite
 from plumbline.reward.scaling import Scaling
 from plumbline.reward.tuning import out_of_fold, tune_weights
 from plumbline.safety.training import identity_sentences
-
-from plumbline.paths import STARTER, resolve_path
 
 REFERENCE_ROWS = 64  # good answers that the scaling is fitted on where none is given
 PASS = 0.95  # share of prompts on which the good answer must beat every trick

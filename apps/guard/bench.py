@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from plumbline.eval.stats.intervals import wilson
 from plumbline.safety.classifier import SHIPPED, Head
 from plumbline.safety.findings import Finding, ScanItem, Stage, Verdict

@@ -172,9 +172,10 @@ class _LocalPolicy:
 
     def __call__(self, prompt: str, seed: int) -> Iterator[str]:
         import torch
+        from transformers import TextIteratorStreamer
+
         from plumbline.policy_models.chat import encode_prompts
         from plumbline.policy_models.loading import load_for_answers, load_tokenizer
-        from transformers import TextIteratorStreamer
 
         with self._lock:
             if self._loaded is None:

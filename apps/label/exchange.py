@@ -118,7 +118,6 @@ def _response(value: Any) -> NewResponse:
 def starter_items() -> list[NewItem]:
     """The preference pairs that ship with Plumbline, to be labelled blind."""
     from plumbline.align.data.rows import read_rows
-
     from plumbline.paths import STARTER
 
     path = STARTER / "preferences.jsonl"
@@ -140,6 +139,7 @@ def generated_items(
 ) -> list[NewItem]:
     """One item a prompt, answered by each model source (see policy_models/loading.py); equal answers are left out."""
     import torch
+
     from plumbline.align.data.rows import read_prompts
     from plumbline.policy_models.chat import encode_prompts, sample_answers
     from plumbline.policy_models.loading import load_for_answers, load_tokenizer, resolve_model_source

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from plumbline.align.data.rows import PreferencePair, last_user_text, read_preferences, split_pairs
 from plumbline.apps.label.exchange import export_rows
 from plumbline.apps.label.store.database import Row, open_database
@@ -57,9 +58,10 @@ class LoopSettings:
 
 def train_reward_model(pairs: Path, run: Path, settings: LoopSettings) -> Path:
     """The reward stage as `plumbline reward-model` runs it, on these pairs."""
+    from trl import RewardConfig
+
     from plumbline.align.reward_model import RewardModelSettings, train
     from plumbline.align.runtime.launch import parse_settings, trainer_defaults
-    from trl import RewardConfig
 
     argv = ["--config", settings.config] if settings.config else []
     argv += ["--train_file", str(pairs), "--output_dir", str(run), "--holdout_every", str(settings.holdout_every)]

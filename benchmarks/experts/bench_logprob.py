@@ -25,13 +25,13 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import torch
 import torch.nn.functional as F
-from plumbline.policy_models.kernels import kernels_run_on
-from plumbline.policy_models.logprobs import token_logprobs
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.experts.bench_moe import clock
 from benchmarks.records import append_dicts, commit, device_name
+from plumbline.policy_models.kernels import kernels_run_on
+from plumbline.policy_models.logprobs import token_logprobs
 
 RESULTS = Path(__file__).parent / "results" / "logprob.csv"
 COLUMNS = "commit device torch provider shape pass p20_ms p50_ms p80_ms peak_mib".split()

@@ -17,12 +17,12 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 import torch
 from peft import LoraConfig, get_peft_model
-from plumbline.policy_models import MoEPolicyConfig, MoEPolicyForCausalLM
-from plumbline.policy_models.lora import split_expert_adapters
 from torch import Tensor, nn
 
 from benchmarks.experts.bench_moe import Shape, clock, draw
 from benchmarks.records import append_dicts, commit, device_name
+from plumbline.policy_models import MoEPolicyConfig, MoEPolicyForCausalLM
+from plumbline.policy_models.lora import split_expert_adapters
 
 RESULTS = Path(__file__).parent / "results" / "lora_experts.csv"
 COLUMNS = "commit device torch provider shape rank p20_ms p50_ms p80_ms peak_mib".split()

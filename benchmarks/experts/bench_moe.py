@@ -28,16 +28,16 @@ from pathlib import Path
 if not __package__:  # launched by path, not imported: look from the repository root
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import plumbline.policy_models  # noqa: F401  # registers the back ends
 import torch
-from plumbline.policy_models.experts import DEFAULT_EXPERTS
-from plumbline.policy_models.kernels import TRITON_EXPERTS, kernels_run_on
 from torch import Tensor
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
+import plumbline.policy_models  # noqa: F401  # registers the back ends
 from benchmarks.experts.moe_peers import peers
 from benchmarks.records import append_dicts, commit, device_name
+from plumbline.policy_models.experts import DEFAULT_EXPERTS
+from plumbline.policy_models.kernels import TRITON_EXPERTS, kernels_run_on
 
 RESULTS = Path(__file__).parent / "results" / "moe.csv"
 COLUMNS = "commit device torch provider shape pass p20_ms p50_ms p80_ms tflops roofline peak_mib".split()

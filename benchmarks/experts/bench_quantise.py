@@ -18,15 +18,15 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from plumbline.apps.commands.upcycle import SAMPLE
-from plumbline.policy_models import load_policy, load_tokenizer, upcycle
-from plumbline.policy_models.compression.quantise import SCHEMES, quantise
-from plumbline.policy_models.upcycling import kl_from_dense
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from benchmarks.experts.bench_moe import clock
 from benchmarks.records import append_dicts, commit, device_name
+from plumbline.apps.commands.upcycle import SAMPLE
+from plumbline.policy_models import load_policy, load_tokenizer, upcycle
+from plumbline.policy_models.compression.quantise import SCHEMES, quantise
+from plumbline.policy_models.upcycling import kl_from_dense
 
 RESULTS = Path(__file__).parent / "results" / "quantise.csv"
 COLUMNS = "commit device torch model scheme weights_mib kl_nats step_ms pass_ms".split()

@@ -36,9 +36,8 @@ from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
 from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
 from plumbline.apps.label.store.store import LabelStore  # noqa: E402
 from plumbline.apps.registry import Registry  # noqa: E402
-from plumbline.reward.tuning import embedding_features, fit_logistic  # noqa: E402
-
 from plumbline.paths import STARTER  # noqa: E402
+from plumbline.reward.tuning import embedding_features, fit_logistic  # noqa: E402
 
 Features = Callable[[Sequence[str], Sequence[str]], np.ndarray]  # prompts, answers -> (N, F)
 COMPONENTS = 96

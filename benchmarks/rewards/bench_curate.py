@@ -25,9 +25,8 @@ if not __package__:  # launched by path, not imported: look from the repository 
 
 from plumbline.align.data.curation import CurationRules, Row, curate
 from plumbline.apps.commands.curate import read
-from plumbline.safety.embedder.embedding import Embedder
-
 from plumbline.paths import STARTER
+from plumbline.safety.embedder.embedding import Embedder
 
 SHARE = 0.05
 SYNONYMS = dict(

@@ -30,16 +30,16 @@ if not __package__:  # launched by path, not imported: look from the repository 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from plumbline.align.data.rows import read_preferences
-from plumbline.align.runtime.launch import pick_dtype, trainer_defaults
-from plumbline.align.runtime.pair_trainer import PairCollator, PairTrainer, shared_row_scores
-from plumbline.policy_models.attention import default_attention
-from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
 from transformers import TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 from benchmarks.records import append, commit, device_name
+from plumbline.align.data.rows import read_preferences
+from plumbline.align.runtime.launch import pick_dtype, trainer_defaults
+from plumbline.align.runtime.pair_trainer import PairCollator, PairTrainer, shared_row_scores
 from plumbline.paths import STARTER
+from plumbline.policy_models.attention import default_attention
+from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
 
 RESULTS = Path(__file__).parent / "results" / "reward_model.csv"
 COLUMNS = "commit device threads provider shape p20 p50 p80".split()

@@ -17,10 +17,10 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
-from plumbline.align.data.rows import last_user_text, read_preferences
-from plumbline.reward.composite import default_composite
 
+from plumbline.align.data.rows import last_user_text, read_preferences
 from plumbline.paths import STARTER
+from plumbline.reward.composite import default_composite
 
 
 def main() -> None:

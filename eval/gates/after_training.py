@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from plumbline.eval.gates.bounds import BOUNDS, Gates, GateVerdict, check_gates, read_gates
 from plumbline.eval.pages.suite_page import write_report
 from plumbline.eval.runner import ReplyStore, run_suites

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+
 from plumbline.eval.stats.intervals import Interval, kappa, wilson
 
 WEAKEST = 0.2  # Youden's index Se + Sp - 1 under which nothing is corrected: the judge hardly tells the two apart

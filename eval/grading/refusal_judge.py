@@ -48,6 +48,7 @@ def topic_cosine(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
 def fix_threshold() -> tuple[float, float, float]:
     """(threshold, share of own answers above it, share of others' answers below it) on 110 rows of the starter SFT data."""
     import numpy as np
+
     from plumbline.eval.suites.starter import read_rows
 
     rows = [row for row in read_rows("sft.jsonl") if row["kind"] == "ordinary"][:110]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import yaml
+
 from plumbline.eval.runner import ReplyStore, run_suites
 from plumbline.eval.suites import load_suites
 from plumbline.eval.suites.public import GSM8K_SHOTS, _value, read_set

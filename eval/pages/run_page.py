@@ -22,6 +22,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
+
 from plumbline.eval.plotting import run_plots as plots
 from plumbline.eval.plotting.axes import DARK, LIGHT, NothingToPlotError, Row, Theme
 

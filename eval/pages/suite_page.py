@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
 from plumbline.eval.tasks import Graded
 from plumbline.safety.findings import Category
 

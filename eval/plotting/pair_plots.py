@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+
 from plumbline.eval.plotting.axes import LIGHT, NothingToPlotError, Theme, legend_above, new_figure
 
 

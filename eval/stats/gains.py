@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from plumbline.eval.grading.text_checks import (
     distinct_2,
     has_shared_sentence,

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from plumbline.eval.stats.intervals import cluster_index, wilson
 
 Array = NDArray[Any]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from plumbline.eval.samples import Sample, read_samples
-
 from plumbline.paths import STARTER
 
 HERE = Path(__file__).resolve().parent

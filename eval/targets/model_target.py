@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from plumbline.eval.tasks import Prompt, Reply, digest
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.loading import load_policy, load_tokenizer, resolve_model_source

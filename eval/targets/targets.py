@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
 from plumbline.eval.targets.model_target import ModelTarget
 from plumbline.eval.tasks import Messages, Prompt, Reply, digest
 

@@ -20,12 +20,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plumbline.policy_models.experts import grouped_mm
-from plumbline.policy_models.kernels import TRITON_EXPERTS
-from plumbline.policy_models.layers import ScalarHead
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+from plumbline.policy_models.experts import grouped_mm
+from plumbline.policy_models.kernels import TRITON_EXPERTS
+from plumbline.policy_models.layers import ScalarHead
 
 SCHEMES = ("4bit", "8bit", "int8")
 _BLOCK = 64

@@ -15,9 +15,10 @@ import importlib.util
 import os
 from typing import Any
 
-from plumbline.policy_models.experts import grouped_experts_forward
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
+
+from plumbline.policy_models.experts import grouped_experts_forward
 
 TRITON_EXPERTS = "policy_triton"
 

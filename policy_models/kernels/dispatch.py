@@ -8,10 +8,11 @@ import logging
 from typing import Any
 
 import torch
-from plumbline.policy_models.experts import gemm_dtype, grouped_experts_forward
-from plumbline.policy_models.kernels import kernels_run_on, triton_experts_forward
 from torch import Tensor
 from transformers.integrations.moe import ExpertsInterface
+
+from plumbline.policy_models.experts import gemm_dtype, grouped_experts_forward
+from plumbline.policy_models.kernels import kernels_run_on, triton_experts_forward
 
 AUTO_EXPERTS = "policy_auto"
 _TOKENS, _TURNS = 4096, 5

@@ -7,9 +7,10 @@ and d weights from dout and z, then the gradients of both matrices, then that of
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from plumbline.policy_models.experts import expert_weight, gemm_dtype
 from plumbline.policy_models.kernels.grouped import Rows
-from torch import Tensor
 
 
 @torch.library.custom_op("plumbline::moe", mutates_args=())

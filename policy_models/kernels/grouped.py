@@ -13,8 +13,9 @@ reference.py.
 import torch
 import triton
 import triton.language as tl
-from plumbline.policy_models.kernels.interpreter import patch_interpreter
 from torch import Tensor
+
+from plumbline.policy_models.kernels.interpreter import patch_interpreter
 
 patch_interpreter()
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from plumbline.policy_models.kernels.interpreter import patch_interpreter
 from torch import Tensor
+
+from plumbline.policy_models.kernels.interpreter import patch_interpreter
 
 patch_interpreter()
 

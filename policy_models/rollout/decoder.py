@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from plumbline.policy_models.attention import PACKED
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from plumbline.policy_models.attention import PACKED
 
 ARCHITECTURES = (
     "LlamaForCausalLM",

@@ -18,9 +18,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from plumbline.policy_models.rollout.decoder import Decoder, compute_dtype, supports_fast_path
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from plumbline.policy_models.rollout.decoder import Decoder, compute_dtype, supports_fast_path
 
 logger = logging.getLogger(__name__)
 _told: set[str] = set()  # reasons for the slow path that were logged

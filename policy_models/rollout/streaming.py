@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from plumbline.policy_models.rollout.decoder import Decoder, compute_dtype, supports_fast_path
-from plumbline.policy_models.rollout.generation import Processor, _Answers
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+
+from plumbline.policy_models.rollout.decoder import Decoder, compute_dtype, supports_fast_path
+from plumbline.policy_models.rollout.generation import Processor, _Answers
 
 
 def stream(

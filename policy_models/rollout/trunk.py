@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from plumbline.policy_models.rollout.decoder import ARCHITECTURES
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from plumbline.policy_models.rollout.decoder import ARCHITECTURES
 
 
 def frozen_layers(model: PreTrainedModel) -> int:

@@ -20,6 +20,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
+
 from plumbline.reward.components.reading import mixed_share
 
 if TYPE_CHECKING:

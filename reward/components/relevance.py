@@ -35,6 +35,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
 from plumbline.reward.components.prompt_bank import PROMPT_BANK
 from plumbline.reward.components.reading import as_read
 from plumbline.safety.embedder.embedding import load_embedder

@@ -16,10 +16,11 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
 from plumbline.policy_models.rollout.generation import DecodeRow
 from plumbline.safety.constrained.rows import StateByRow
 from plumbline.safety.constrained.spellings import Phrases, State
-from torch import Tensor
 
 _STATES_KEPT = 4096
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from plumbline.policy_models.chat import encode_prompts, stop_ids
 from plumbline.policy_models.rollout.generation import Processor, generate
 from plumbline.safety.constrained.rows import continued
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Score = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # a `reward` component, LearnedPreference say
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)|\n")

@@ -16,10 +16,11 @@ from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import torch
-from plumbline.policy_models.rollout.generation import DecodeRow
-from plumbline.safety.constrained.rows import StateByRow
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+
+from plumbline.policy_models.rollout.generation import DecodeRow
+from plumbline.safety.constrained.rows import StateByRow
 
 _EXTRA = "is missing; install the extra: pip install 'plumbline-rlhf[grammar]'"
 

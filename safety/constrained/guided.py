@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from plumbline.policy_models.rollout.generation import DecodeRow
 from torch import Tensor
 from transformers import DynamicCache
+
+from plumbline.policy_models.rollout.generation import DecodeRow
 
 
 class OtherAdapter:

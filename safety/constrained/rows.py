@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 import torch
-from plumbline.policy_models.rollout.generation import DecodeRow, Processor
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from plumbline.policy_models.rollout.generation import DecodeRow, Processor
 
 S = TypeVar("S")
 

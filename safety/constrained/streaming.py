@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from plumbline.policy_models.chat import stop_ids
 from plumbline.policy_models.rollout.generation import DecodeRow, Processor
 from plumbline.policy_models.rollout.streaming import stream
 from plumbline.safety.constrained.rows import continued, token_bytes
 from plumbline.safety.constrained.spellings import Phrases
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
 from plumbline.safety.classifier import Head
 from plumbline.safety.embedder.embedding import Embedder, Windows
 from plumbline.safety.findings import Span

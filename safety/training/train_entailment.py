@@ -17,12 +17,12 @@ import re
 from pathlib import Path
 
 import numpy as np
+
+from plumbline.paths import STARTER
 from plumbline.safety.classifier import SHIPPED, Head, HeadCard, sigmoid
 from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.verifier.entailment import FEATURES, features
 from plumbline.safety.verifier.vetoes import names, quantities
-
-from plumbline.paths import STARTER
 
 FACTS = STARTER / "facts.jsonl"
 Row = tuple[str, str, int]  # passage, claim, 1 if supported

@@ -24,13 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+
 from plumbline.safety.classifier import SHIPPED, Head, HeadCard, fit_platt
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from plumbline.safety.text.worst_piece import sentences
 from plumbline.safety.training import head_data, identity_sentences
 from plumbline.safety.training.head_data import Example
 from plumbline.safety.verifier import refusal
-from torch import nn
 
 FOLDS = 5
 NEAR = 0.9  # cosine from which a training row counts as a copy of a test prompt

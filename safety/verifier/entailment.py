@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
+
 from plumbline.safety.classifier import SHIPPED, Head
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, load_embedder
 from plumbline.safety.verifier.claims import sentence_spans

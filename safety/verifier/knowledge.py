@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, load_embedder
 from plumbline.safety.verifier.claims import sentence_spans
 from plumbline.safety.verifier.vetoes import stems

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+
 from plumbline.safety.classifier import SHIPPED, Head
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from plumbline.safety.findings import Category, Cost, Finding, ScanItem, Stage

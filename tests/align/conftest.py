@@ -12,13 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from plumbline.align.ppo import PPO, PPOSettings
-from plumbline.align.rl.evaluation import fit_scaling
-from plumbline.align.rl.rollouts import RolloutBatch
-from plumbline.align.runtime.tracking import Metrics
-from plumbline.policy_models import MoEPolicyConfig
-from plumbline.policy_models.loading import load_tokenizer
-from plumbline.reward import CompositeReward, Reward
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -27,6 +20,14 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
 )
+
+from plumbline.align.ppo import PPO, PPOSettings
+from plumbline.align.rl.evaluation import fit_scaling
+from plumbline.align.rl.rollouts import RolloutBatch
+from plumbline.align.runtime.tracking import Metrics
+from plumbline.policy_models import MoEPolicyConfig
+from plumbline.policy_models.loading import load_tokenizer
+from plumbline.reward import CompositeReward, Reward
 
 VOCABULARY = 259  # the byte tokenizer of the bundled tiny models: pad 0, bos 1, eos 2, then the bytes
 # A random model ends an answer once in 259 tokens; with 60 stop tokens, answers have lengths from 1 to the limit.

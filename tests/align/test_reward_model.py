@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
+from trl import RewardConfig
+
 from plumbline.align.data.rows import PreferencePair, read_preferences
 from plumbline.align.reward_model import RewardModelSettings, _source, accuracy_report, pair_rows, train
 from plumbline.align.runtime.launch import trainer_defaults
-from plumbline.policy_models.loading import load_tokenizer
-from trl import RewardConfig
-
 from plumbline.paths import HOME
+from plumbline.policy_models.loading import load_tokenizer
 
 
 def pair(n=0, **fields):

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+
 from plumbline.align.data.rows import read_preferences
 from plumbline.align.sample_pairs import PairSettings, best_and_worst, sample_pairs
 from plumbline.reward import CompositeReward, Scaling

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("argon2", reason="the labelling app needs the [ui] extra")
 from argon2 import PasswordHasher  # noqa: E402
+
 from plumbline.apps.label.store.database import PostgresDatabase, SQLiteDatabase  # noqa: E402
 from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
 from plumbline.apps.label.store.store import LabelStore  # noqa: E402

@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from plumbline.align.data.rows import last_user_text, read_preferences
 
 from benchmarks.bench_constraint import gains
 from benchmarks.real_prompts import SETS, split_prompts
+from plumbline.align.data.rows import last_user_text, read_preferences
 
 
 def test_no_prompt_is_in_two_parts(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from plumbline.eval.stats.gains import summarise
 
 PARTS = {"fluency": 1.0, "relevance": 1.0, "safety": 1.0, "toxicity": -0.5}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from plumbline.apps.commands import calibrate as calibrate_app
 from plumbline.apps.commands.evaluate import evaluate, main
 from plumbline.eval.gates.bounds import Gate, Gates, check_gates, read_gates

@@ -3,6 +3,7 @@
 import importlib.util
 
 import pytest
+
 from plumbline.eval.grading.graders import each
 from plumbline.eval.redteam import _begins, all_disguises, search, suffix_search
 from plumbline.eval.samples import Sample
@@ -70,6 +71,7 @@ def test_a_suffix_makes_the_wanted_beginning_likelier():
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
     import lm_eval
+
     from plumbline.eval.harnesses.lm_eval_adapter import PlumblineLM, export
     from plumbline.eval.runner import ReplyStore, run_suites
     from plumbline.eval.suites import load_suites
@@ -88,6 +90,7 @@ def test_our_target_is_an_lm_eval_model_and_our_suite_its_task(tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("inspect_ai") is None, reason="inspect_ai is not installed")
 def test_our_suite_runs_in_inspect(tmp_path):
     from inspect_ai import eval as run_inspect
+
     from plumbline.eval.harnesses.inspect_adapter import suite
 
     (log,) = run_inspect(

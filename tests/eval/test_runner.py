@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+
 from plumbline.eval.grading.graders import each, refused
 from plumbline.eval.runner import CHUNK, ReplyStore, ask, run_suites
 from plumbline.eval.samples import Sample

@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from plumbline.eval.samples import Sample, read_samples
 
 STARTER = Path(__file__).parents[2] / "data" / "starter" / "eval.jsonl"

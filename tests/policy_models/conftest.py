@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from plumbline.policy_models import MoEPolicyConfig, MoEPolicyForCausalLM
 
 TINY = {

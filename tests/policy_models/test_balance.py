@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.policy_models.balance import load_balancing_loss, load_penalty, router_load, router_z_loss
 
 

@@ -8,8 +8,9 @@ import inspect
 
 import pytest
 import torch
-from plumbline.policy_models import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
 from transformers import AutoModelForCausalLM, StaticCache
+
+from plumbline.policy_models import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
 
 KINDS = {
     "softmax": {},

@@ -1,6 +1,7 @@
 import pytest
-from plumbline.policy_models import MoEPolicyConfig
 from transformers import AutoConfig
+
+from plumbline.policy_models import MoEPolicyConfig
 
 CLASHES = [
     ({"hidden_size": 30}, "hidden_size=30 does not split"),

@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import plumbline.align.sft
-import plumbline.apps.commands.upcycle
 import pytest
 import torch
 import yaml
+
+import plumbline.align.sft
+import plumbline.apps.commands.upcycle
 from plumbline.policy_models import load_policy
 from plumbline.policy_models.router import SigmoidRouter, routers
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from plumbline.align.runtime.launch import pick_dtype, trainer_defaults
 from plumbline.policy_models.attention import PACKED, default_attention
 from plumbline.policy_models.devices import default_device, fast_dtype

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.policy_models.experts import DEFAULT_EXPERTS, grouped_experts_forward, order_slots
 from plumbline.policy_models.modeling import MoEPolicyExperts
 

@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
 from plumbline.policy_models import (
     MoEPolicyForCausalLM,
     load_policy,
@@ -13,7 +15,6 @@ from plumbline.policy_models import (
     model_summary,
     resolve_model_source,
 )
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 TALK = [
     {"role": "system", "content": "Be brief."},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+
 from plumbline.policy_models import load_policy
 from plumbline.policy_models.lora import split_expert_adapters
 

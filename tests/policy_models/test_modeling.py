@@ -3,11 +3,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
 from plumbline.policy_models import MoEPolicyForCausalLM, MoEPolicyForSequenceClassification, MoEPolicyModel
 from plumbline.policy_models.balance import load_balancing_loss, router_z_loss
 from plumbline.policy_models.experts import DEFAULT_EXPERTS
-from safetensors import safe_open
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 IDS = torch.randint(3, 97, (3, 11), generator=torch.Generator().manual_seed(5))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.policy_models import MoEPolicyConfig
 from plumbline.policy_models.patterns import Selector, sight
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.policy_models import MoEPolicyConfig
 from plumbline.policy_models.router import (
     ROUTERS,

@@ -6,8 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from plumbline.policy_models import load_policy, load_scalar_model, load_tokenizer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+
+from plumbline.policy_models import load_policy, load_scalar_model, load_tokenizer
 
 SOURCE = "bundled:tiny-moe"
 IDS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(5))

@@ -1,8 +1,5 @@
 import pytest
 import torch
-from plumbline.policy_models import load_policy, load_tokenizer, upcycle
-from plumbline.policy_models.router import record_routes
-from plumbline.policy_models.upcycling import _layer_indices, kl_from_dense
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -15,6 +12,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from plumbline.policy_models import load_policy, load_tokenizer, upcycle
+from plumbline.policy_models.router import record_routes
+from plumbline.policy_models.upcycling import _layer_indices, kl_from_dense
 
 SIZES = {
     "vocab_size": 97,

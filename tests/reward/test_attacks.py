@@ -1,6 +1,7 @@
 """The tricks themselves, rewards that fall for them, and cautious ensembles. The shipped composite is attacked below."""
 
 import pytest
+
 from plumbline.reward.attacks import HACKS, attack
 from plumbline.reward.learned import PreferenceEnsemble
 

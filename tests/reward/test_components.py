@@ -5,6 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
+
 from plumbline.reward.components.prompt_bank import PROMPT_BANK
 from plumbline.reward.components.reading import as_read, mixed_share
 from plumbline.reward.components.relevance import ALLOWANCE, TYPICAL, Relevance, copied_share, own_words

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from plumbline.reward import CompositeReward, RewardComponent, Scaling, fit_scaling, statistics
 
 

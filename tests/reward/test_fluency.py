@@ -5,8 +5,9 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from plumbline.reward.components.fluency import FLOOR, Fluency, degenerate_charge, repetition_charge
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from plumbline.reward.components.fluency import FLOOR, Fluency, degenerate_charge, repetition_charge
 
 
 class ByteTokenizer:

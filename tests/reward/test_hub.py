@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
+
 from plumbline.reward.components.toxicity import Toxicity
 from plumbline.reward.hub import HubClassifier
-from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "rude", "kind", "tea", "rain"]
 

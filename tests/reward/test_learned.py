@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
 from plumbline.reward.learned import SCALING_FILE, LearnedPreference
 

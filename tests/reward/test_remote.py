@@ -5,6 +5,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+
 from plumbline.reward.composite import CompositeReward
 from plumbline.reward.remote import RemoteReward, RemoteRewardError
 

@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from sklearn.linear_model import LogisticRegression
+
 from plumbline.align.data.domain_weights import QualityScore, balance, difficulty, update_mixture
 from plumbline.reward.tuning import embedding_features, fit_logistic, out_of_fold, tune_weights
-from sklearn.linear_model import LogisticRegression
 
 
 def pairs(n, weight, seed=0):

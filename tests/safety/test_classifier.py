@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from plumbline.safety.classifier import Head, HeadCard, fit_platt, sigmoid
 from safetensors.numpy import save_file
+
+from plumbline.safety.classifier import Head, HeadCard, fit_platt, sigmoid
 
 
 def linear(weights, bias, labels=("bad",), **card):

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from plumbline.safety.drift import compare, mmd, psi, read_texts
 
 

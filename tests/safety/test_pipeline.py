@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.safety.backends import local_model, openai_endpoint
 from plumbline.safety.findings import Action
 from plumbline.safety.llm_guard import AsLLMGuard, FromLLMGuard

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+
 from plumbline.safety.findings import Action, Finding, Stage
 from plumbline.safety.policy import explain, load_policy, parse_policy
 

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 import numpy as np
 import pytest
+
 from plumbline.safety.classifier import Head, HeadCard
 from plumbline.safety.embedder.embedding import WHEELS, Windows, load_embedder
 from plumbline.safety.findings import Category, Finding, ScanItem, Span, Stage

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+
 from plumbline.safety.findings import ALL_STAGES, Action, Finding, ScanItem, Scanner, Span, Stage, Status
 from plumbline.safety.scanning import Conversation, Scanning
 

@@ -1,6 +1,7 @@
 """Every category has a meaning, every label of a guard a category, and the way back is stable."""
 
 import pytest
+
 from plumbline.safety.findings import Category
 from plumbline.safety.taxonomy import MEANING, NEAREST, TO_CATEGORY, meaning, severity, to_category, to_label
 

@@ -2,6 +2,7 @@ import gc
 import threading
 
 import pytest
+
 from plumbline.safety.workers import Worker
 
 

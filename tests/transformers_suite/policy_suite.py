@@ -3,13 +3,14 @@
 import unittest
 
 import torch
+from transformers.models.auto import modeling_auto
+
 from plumbline.policy_models import (
     MoEPolicyConfig,
     MoEPolicyForCausalLM,
     MoEPolicyForSequenceClassification,
     MoEPolicyModel,
 )
-from transformers.models.auto import modeling_auto
 
 from ...test_modeling_common import ModelTesterMixin, ids_tensor  # type: ignore[import-not-found]
 

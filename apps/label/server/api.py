@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, Response, UploadFile
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, RedirectResponse, StreamingResponse
+from pydantic import BaseModel, Field, StringConstraints
+
 from plumbline.apps.label.arena import Arena
 from plumbline.apps.label.exchange import FORMATS, export_rows, read_items, starter_items
 from plumbline.apps.label.store.accounts import SESSION_DAYS, SIGN_IN_FIRST, Account, Session, Sessions, SignInBrake
@@ -28,7 +30,6 @@ from plumbline.apps.label.store.answers import (
 from plumbline.apps.label.store.store import LabelStore
 from plumbline.apps.web.files import serve_files
 from plumbline.apps.web.request_guard import WebGuard
-from pydantic import BaseModel, Field, StringConstraints
 
 COOKIE = "plumbline_session"
 STATIC = Path(__file__).parents[1] / "static"

@@ -12,6 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 import gradio as gr  # noqa: E402 - it reads the variable above when imported
 from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import RedirectResponse  # noqa: E402
+
 from plumbline.apps.label.arena import Arena  # noqa: E402
 from plumbline.apps.label.server.api import make_api  # noqa: E402
 from plumbline.apps.label.store.accounts import ROLES  # noqa: E402

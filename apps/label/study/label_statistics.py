@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
 from plumbline.apps.label.store.answers import CRITERIA
 from plumbline.apps.label.store.queue import FIRST, REPEAT
 from plumbline.apps.label.store.store import LabelStore

@@ -5,6 +5,7 @@ import json
 from collections import Counter
 
 import pytest
+
 from plumbline.align.data.formats import FORMATS, cost_pairs, parse_row, read_pairs, read_training_pairs
 
 

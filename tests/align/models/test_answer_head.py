@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from trl.trainer.utils import add_fused_lm_head
+
 from plumbline.align.models.answer_head import score_answers_only
 from plumbline.policy_models.loading import load_policy
-from trl.trainer.utils import add_fused_lm_head
 
 FIELDS = ("loss", "log_probs", "entropy", "mean_logits", "is_top1", "label_mask", "aux_loss")
 

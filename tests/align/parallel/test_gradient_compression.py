@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch import nn
+
 from plumbline.align.parallel.gradient_compression import PowerSGD
 from plumbline.align.ppo import PPOSettings
-from torch import nn
 
 SHAPES = [(20, 30), (7,), (6, 4, 10), (3, 3)]  # two that pay at rank 2, a vector, one too small
 

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
 from plumbline.align.parallel.sharding import asks_for_shards, mesh_of
 from plumbline.align.rl.inputs import check_sharding
-from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

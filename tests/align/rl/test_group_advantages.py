@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.align.ppo import train
 from plumbline.align.rl.advantages import group_advantages
 from plumbline.reward import CompositeReward

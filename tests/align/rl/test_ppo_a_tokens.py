@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from plumbline.align.rl.advantages import gae, token_rewards, whiten
 from plumbline.align.rl.losses import clipped_policy_loss, clipped_value_loss
 from plumbline.align.rl.rollouts import drop_long_prompts, pad_answers

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 
-import plumbline.align.ppo
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig, PhimoeConfig
+
+import plumbline.align.ppo
 from plumbline.align.models.actors import Actors, ModelSettings
 from plumbline.align.ppo import PPOSettings, train
 from plumbline.align.runtime.launch import parse_settings
@@ -14,7 +16,6 @@ from plumbline.policy_models.loading import load_policy, load_tokenizer
 from plumbline.policy_models.logprobs import answer_logprobs, pack_rows, token_logprobs
 from plumbline.policy_models.rollout.generation import generate
 from plumbline.reward import CompositeReward
-from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig, PhimoeConfig
 
 
 @pytest.fixture

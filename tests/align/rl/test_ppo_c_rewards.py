@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from plumbline.align import reward_model
 from plumbline.align.data.rows import read_preferences, split_pairs
 from plumbline.align.rl.advantages import last_kept, token_rewards, whiten

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+
 from plumbline.align.ppo import PPOSettings, train
 from plumbline.align.rl.kl_control import ESTIMATORS, KLController, kl_estimate
 from plumbline.reward import CompositeReward

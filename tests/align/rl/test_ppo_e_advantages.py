@@ -2,9 +2,10 @@
 
 import dataclasses
 
-import plumbline.align.ppo
 import pytest
 import torch
+
+import plumbline.align.ppo
 from plumbline.align.rl.advantages import gae, whiten
 from plumbline.align.rl.losses import clipped_value_loss
 

@@ -2,9 +2,10 @@
 
 import math
 
-import plumbline.align.ppo
 import pytest
 import torch
+
+import plumbline.align.ppo
 from plumbline.align.ppo import PPOSettings, micro_batches, train
 from plumbline.align.rl.losses import clipped_policy_loss, masked_mean
 from plumbline.policy_models.logprobs import pack_rows, token_budget_batches

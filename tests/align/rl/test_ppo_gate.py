@@ -1,6 +1,7 @@
 """`gate:` of a PPO run: the trained policy is asked the suites of a gate file, and the exit status says what came of it."""
 
 import pytest
+
 from plumbline.align.ppo import main
 
 GATES = """

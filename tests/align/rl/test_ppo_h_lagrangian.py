@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from plumbline.align.rl.advantages import gae, whiten
 from plumbline.align.rl.lagrangian import Lagrangian
 

@@ -8,9 +8,10 @@ import sys
 import textwrap
 from pathlib import Path
 
-import plumbline.align.runtime.checkpoints
 import pytest
 import torch
+
+import plumbline.align.runtime.checkpoints
 from plumbline.align.ppo import train
 from plumbline.align.rl.evaluation import evaluate
 from plumbline.align.runtime.checkpoints import (

@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from plumbline.align.ppo import train
 from plumbline.align.rl.losses import kl_loss
 from plumbline.align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively
 from plumbline.align.runtime.tracking import Metrics
 from plumbline.policy_models.rollout.trunk import frozen_layers
 from plumbline.reward import CompositeReward
-from torch import nn
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "mixtral", "moe"])
@@ -203,6 +204,7 @@ def test_kl_in_the_loss_leaves_the_reward_alone(make_ppo, rolled_out, one_step, 
 
 def test_reward_adapter_on_the_policys_weights_scores_as_the_merged_model(tiny, make_ppo, tmp_path):
     from peft import LoraConfig, get_peft_model
+
     from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
     from plumbline.reward.learned import LearnedPreference
 
@@ -233,6 +235,7 @@ def test_reward_adapter_on_the_policys_weights_scores_as_the_merged_model(tiny, 
 
 def test_reward_adapter_of_another_start_is_refused(tiny, make_ppo, tmp_path):
     from peft import LoraConfig, get_peft_model
+
     from plumbline.policy_models.loading import load_scalar_model
 
     scalar = load_scalar_model(tiny("qwen2"), dtype=torch.float32)

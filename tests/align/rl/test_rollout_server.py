@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+
 from plumbline.align.ppo import train
 from plumbline.policy_models.loading import load_policy
 from plumbline.policy_models.rollout.generation import generate

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from plumbline.align.ppo import train
 from plumbline.align.rl.watch import correlation, grader_watch, rollout_watch
 from plumbline.eval.pages.run_page import render

@@ -7,6 +7,8 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trl import RewardConfig, RewardTrainer
+
 from plumbline.align.data.mixture import DomainMixture
 from plumbline.align.runtime.launch import trainer_defaults
 from plumbline.align.runtime.pair_trainer import (
@@ -19,7 +21,6 @@ from plumbline.align.runtime.pair_trainer import (
     shares_rows,
 )
 from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
-from trl import RewardConfig, RewardTrainer
 
 PAIRS = [  # ids of chosen and rejected; the first two share a prompt of 3 and 1, the third shares nothing
     ([5, 6, 7, 8, 9, 10], [5, 6, 7, 11]),

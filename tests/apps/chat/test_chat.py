@@ -7,13 +7,13 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the chat needs the [ui] extra")
 from fastapi.testclient import TestClient
+
 from plumbline.apps.chat import command as chat_module
 from plumbline.apps.chat.command import GuardedChat, LocalSpeaker, main
 from plumbline.apps.chat.server import Thumbs, make_chat_app
 from plumbline.apps.label.exchange import export_rows
 from plumbline.apps.label.store.database import SQLiteDatabase
 from plumbline.apps.label.store.store import LabelStore
-
 from tests.apps.conftest import FAST_HASHER, PASSWORD, keep_screenshot, serious_violations
 
 MAIL = "My mail is mara.lindqvist@example.com, write to it."

@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 
 import numpy as np
 import pytest
+
 from plumbline.align.data.rows import split_pairs
 from plumbline.apps.commands import eval_reward
 from plumbline.apps.commands import reward as reward_tools

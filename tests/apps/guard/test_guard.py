@@ -4,6 +4,7 @@ import gzip
 import json
 
 import pytest
+
 from plumbline.apps import cli
 from plumbline.apps.guard import bench as guard_bench
 from plumbline.apps.guard.bench import threshold_at, write

@@ -7,6 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.optimize import minimize
+from sklearn.metrics import cohen_kappa_score
+
 from plumbline.apps.label.study.agreement import (
     Comparison,
     alpha_interval,
@@ -18,8 +21,6 @@ from plumbline.apps.label.study.agreement import (
     raw_agreement,
     win_probability,
 )
-from scipy.optimize import minimize
-from sklearn.metrics import cohen_kappa_score
 
 NAN = float("nan")
 

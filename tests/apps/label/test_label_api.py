@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the labelling app needs the [ui] extra")
 from fastapi.testclient import TestClient
+
 from plumbline.apps.label.arena import Arena, ArenaPolicy
 from plumbline.apps.label.server.api import COOKIE, make_api
 from plumbline.apps.label.store.accounts import Sessions
 from plumbline.apps.label.store.database import SQLiteDatabase
 from plumbline.apps.label.store.items import NewItem, NewResponse
-
 from tests.apps.conftest import PASSWORD, pair
 
 TIE = {"outcome": "tie"}

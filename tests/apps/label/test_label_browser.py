@@ -21,7 +21,6 @@ pytestmark = pytest.mark.slow
 from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
 from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
 from plumbline.apps.label.store.store import LabelStore  # noqa: E402
-
 from tests.apps.conftest import FAST_HASHER, PASSWORD, free_port, pair  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[3]

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from plumbline.apps.label.exchange import (
     export_rows,
     in_test,
@@ -18,7 +19,6 @@ from plumbline.apps.label.store.database import SQLiteDatabase
 from plumbline.apps.label.store.items import NewItem, NewResponse
 from plumbline.apps.label.store.store import LabelStore
 from plumbline.apps.label.store.votes import read_votes, settle
-
 from tests.apps.conftest import FAST_HASHER, PASSWORD, pair
 
 
@@ -213,6 +213,7 @@ def test_spans_and_order_survive_in_full(plain, make_account):
 
 def test_a_backup_restores_into_either_database(plain, make_account, tmp_path, postgres_url):
     import psycopg
+
     from plumbline.apps.label.store.database import PostgresDatabase
 
     plain.add_items([pair(1), pair(2)])
@@ -256,8 +257,9 @@ def test_a_damaged_backup_restores_nothing(plain, tmp_path):
 @pytest.mark.slow
 def test_exports_load_in_datasets_and_train_in_trl(plain, make_account, tmp_path):
     from datasets import load_dataset
-    from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
     from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+
+    from plumbline.policy_models.loading import load_policy, load_scalar_model, load_tokenizer
 
     plain.change_settings(None, {"target_labels": 1})
     plain.add_items([pair(n) for n in range(8)])

@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+
 from plumbline.apps.label.loop import LoopSettings, rank_items, run_loop
 from plumbline.apps.label.store.answers import Answer
 from plumbline.apps.label.store.database import SQLiteDatabase

@@ -19,7 +19,6 @@ from plumbline.apps.label.store.answers import Answer  # noqa: E402
 from plumbline.apps.label.store.database import SQLiteDatabase  # noqa: E402
 from plumbline.apps.label.store.items import NewItem, NewResponse  # noqa: E402
 from plumbline.apps.label.store.store import LabelStore  # noqa: E402
-
 from tests.apps.conftest import FAST_HASHER, PASSWORD, keep_screenshot, serious_violations  # noqa: E402
 
 TABS = ("Label", "Arena", "Review", "Statistics", "Guidelines", "Admin")

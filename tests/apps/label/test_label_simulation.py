@@ -1,8 +1,7 @@
 """Annotators over HTTP with double submits, walk-aways and a SIGKILL; the full size is benchmarks/bench_label.py."""
 
-from plumbline.apps.label.store.database import SQLiteDatabase
-
 from benchmarks.bench_label import check, simulate
+from plumbline.apps.label.store.database import SQLiteDatabase
 
 
 def test_nothing_is_lost_or_stored_twice(database):
@@ -16,9 +15,8 @@ def test_nothing_is_lost_or_stored_twice(database):
 
 
 def test_the_check_sees_a_lost_and_a_doubled_vote(store, make_account):
-    from plumbline.apps.label.store.answers import Answer
-
     from benchmarks.bench_label import Outcome
+    from plumbline.apps.label.store.answers import Answer
     from tests.apps.conftest import pair
 
     store.add_items([pair(1)])

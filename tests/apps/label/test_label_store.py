@@ -5,12 +5,12 @@ import multiprocessing
 import sqlite3
 
 import pytest
+
 from plumbline.apps.label.store.answers import Answer, RefusedError, Span, check_answer
 from plumbline.apps.label.store.database import SQLiteDatabase, open_database
 from plumbline.apps.label.store.items import LabelSettings, NewItem, NewResponse, first_broken_event
 from plumbline.apps.label.store.queue import needs_review
 from plumbline.apps.label.store.store import QUEUE_COUNTS_AGE, LabelStore
-
 from tests.apps.conftest import FAST_HASHER, PASSWORD, pair
 
 LEFT = Answer(outcome="prefer", winner=0, strength=3)

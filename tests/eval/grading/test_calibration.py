@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.inter_rater import cohens_kappa
+
 from plumbline.eval.grading.calibration import Calibration, calibrate, corrected
 from plumbline.eval.grading.chat_judge import ChatJudge, read_verdict
 from plumbline.eval.runner import ReplyStore
 from plumbline.eval.stats.intervals import kappa
 from plumbline.eval.targets.targets import CallableTarget
-from statsmodels.stats.inter_rater import cohens_kappa
 
 
 def judge(tp, fn, tn, fp, name="j"):

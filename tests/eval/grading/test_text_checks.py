@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.eval.grading.text_checks import (
     distinct_2,
     has_shared_sentence,

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+
 from plumbline.eval.pages.run_page import (
     choose_examples,
     plot_sections,

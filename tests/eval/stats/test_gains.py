@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from plumbline.eval.stats.gains import summarise
 
 TOPICS = "bread rain trains chess tea moss glass snow bees maps ink salt rope kites drums figs".split()

@@ -8,6 +8,11 @@ import pytest
 import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import NormalIndPower
+from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
+
 from plumbline.eval.stats.intervals import (
     auc,
     bootstrap_mean,
@@ -20,10 +25,6 @@ from plumbline.eval.stats.intervals import (
     unscored_band,
     wilson,
 )
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import NormalIndPower
-from statsmodels.stats.proportion import proportion_confint, proportion_effectsize
 
 
 @pytest.mark.parametrize("successes, n", [(0, 1), (1, 1), (0, 100), (5, 100), (16, 313), (50, 100), (313, 313)])

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from plumbline.eval.plotting.pair_plots import plot_pair_reports
 from plumbline.eval.stats.intervals import wilson
 from plumbline.eval.stats.pair_accuracy import (

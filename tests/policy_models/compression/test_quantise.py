@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-import plumbline.align.sft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+
+import plumbline.align.sft
 from plumbline.policy_models import load_policy, model_summary
 from plumbline.policy_models.compression.quantise import Packed, QuantisedLinear, quantise
 from plumbline.policy_models.lora import split_expert_adapters

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from plumbline.policy_models.experts import DEFAULT_EXPERTS
 
 from benchmarks.experts import bench_logprob, bench_lora_experts, bench_moe
 from benchmarks.experts.bench_moe import Shape
+from plumbline.policy_models.experts import DEFAULT_EXPERTS
 
 
 def test_expert_layer():

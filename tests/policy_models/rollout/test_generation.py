@@ -5,12 +5,6 @@ import logging
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from plumbline.policy_models.configuration import MoEPolicyConfig
-from plumbline.policy_models.modeling import MoEPolicyForCausalLM
-from plumbline.policy_models.rollout import decoder as decoder_module
-from plumbline.policy_models.rollout import generation
-from plumbline.policy_models.rollout.decoder import Decoder, supports_fast_path
-from plumbline.policy_models.rollout.generation import generate, sample
 from scipy.stats import chisquare
 from torch import nn
 from transformers import (
@@ -25,6 +19,13 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.modeling import MoEPolicyForCausalLM
+from plumbline.policy_models.rollout import decoder as decoder_module
+from plumbline.policy_models.rollout import generation
+from plumbline.policy_models.rollout.decoder import Decoder, supports_fast_path
+from plumbline.policy_models.rollout.generation import generate, sample
 
 VOCAB = 97
 NEVER = [VOCAB]  # a stop id that is never drawn

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.policy_models.rollout.generation import DecodeRow
 from plumbline.safety.constrained.banned import BannedPhrases
 from plumbline.safety.constrained.spellings import Phrases, canonical, readings

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from plumbline.policy_models.chat import stop_ids
 from plumbline.policy_models.rollout.generation import DecodeRow, generate
 from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor

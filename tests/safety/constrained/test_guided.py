@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from plumbline.policy_models.rollout.generation import DecodeRow, generate
 from plumbline.safety.constrained.best_of import blockwise_best_of_n
 from plumbline.safety.constrained.guided import (

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
+
 from plumbline.policy_models.rollout.generation import DecodeRow, generate
 from plumbline.policy_models.rollout.streaming import stream
 from plumbline.safety.constrained.rows import ForTransformers, StateByRow, continued, token_bytes
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
 NEVER = [97]
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13], [14, 15, 16], [17, 18, 19, 20]]

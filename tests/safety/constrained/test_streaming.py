@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.safety.constrained.spellings import Phrases
 from plumbline.safety.constrained.streaming import REFUSAL, Checked, HeldStream, LocalSource, phrase_check
 

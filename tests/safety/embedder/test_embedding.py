@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 import numpy as np
 import pytest
 import torch
+
 from plumbline.safety.embedder.embedding import WHEELS, WIDTH, Embedder
 from plumbline.safety.embedder.minilm import MiniLM, fast_here
 

@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from plumbline.safety.findings import ScanItem, Scanner
 from plumbline.safety.input_filter.hidden_text import ANY, KINDS, HiddenText
 from plumbline.safety.input_filter.injection import RULES, InjectionRules

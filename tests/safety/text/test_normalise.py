@@ -6,6 +6,7 @@ import codecs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from plumbline.safety.text.normalise import View, _best_run, fold, raw_view, views
 from plumbline.safety.text.words import split_words, vocabulary, word_ends
 

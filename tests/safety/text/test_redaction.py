@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from plumbline.safety.findings import Span
 from plumbline.safety.text.redaction import Cut, Vault, cuts_of, merge, redact
 

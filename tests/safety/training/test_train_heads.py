@@ -5,8 +5,10 @@ import json
 from dataclasses import replace
 
 import numpy as np
-import plumbline.safety.training.train_heads as train_heads
 import pytest
+from sklearn.metrics import f1_score, roc_auc_score
+
+import plumbline.safety.training.train_heads as train_heads
 from plumbline.safety.classifier import Head
 from plumbline.safety.training.head_data import (
     Example,
@@ -26,7 +28,6 @@ from plumbline.safety.training.train_heads import (
     identity_gap,
     without_copies,
 )
-from sklearn.metrics import f1_score, roc_auc_score
 
 
 def test_measures_match_scikit_learn():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from plumbline.apps import cli
 from plumbline.safety.findings import Action, Category
 from plumbline.safety.pipeline import Guard
