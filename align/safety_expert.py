@@ -1,16 +1,22 @@
-"""`python -m plumbline.align.safety_expert`: the safety expert of SafeDecoding, a small LoRA adapter on the policy's own weights.
+"""The safety expert of SafeDecoding, a small LoRA adapter on the policy's own weights.
 
 Trained to open its answer to a harmful prompt with one stock decline, and to go on answering harmless prompts that sound like
 them as the model does without it, in equal parts. The paper trains on refusals alone: an expert that only knows how to refuse
 then pulls harmless prompts down with it. And the decline is always the same one, because SafeDecoding asks for the first tokens only:
 a hundred ways to decline leave none of them likely. A model that declines in other words needs another DECLINE.
 
-    python -m plumbline.align.safety_expert --model bundled:smollm2-135m-instruct --out runs/expert
+    plumbline safety-expert --model bundled:smollm2-135m-instruct --out runs/expert
 
 Leaves a PEFT adapter folder: `model.load_adapter(folder, "expert")`. Ends with a line of JSON.
 """
 
 from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if not __package__:  # launched by path, not imported: look from the repository root
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import json
@@ -18,7 +24,6 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,14 +144,14 @@ def _loss(model: Any, rows: Sequence[tuple[list[int], int]], pad_id: int) -> Ten
     )
 
 
-def main() -> None:
-    """Trains and saves an adapter."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains and saves an adapter; `argv` is the command line without the program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=70)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     from plumbline.policy_models.loading import load_policy, load_tokenizer
 
     model, tokenizer = load_policy(args.model), load_tokenizer(args.model)

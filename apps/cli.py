@@ -34,6 +34,7 @@ COMMANDS = {
         "plumbline.align.sample_pairs",
         "preference pairs from a model's own answers, ranked by the reward",
     ),
+    "safety-expert": ("plumbline.align.safety_expert", "train the adapter that SafeDecoding leans on"),
     "dpo": ("plumbline.align.dpo", "direct preference optimisation"),
     "eval": (
         "plumbline.apps.commands.evaluate",

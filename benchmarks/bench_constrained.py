@@ -1,6 +1,6 @@
 """Constrained and guided decoding on the bundled model: banned phrases, JSON validity, SafeDecoding's effect and price.
 
-    python -m plumbline.align.safety_expert --out runs/expert
+    plumbline safety-expert --out runs/expert
     python benchmarks/bench_constrained.py --parts phrases json safe --expert runs/expert
 
 - phrases: prompts that ask for a banned word in every spelling; samples with and without the processor, searched by
@@ -8,7 +8,8 @@
 - json: answers under a schema, valid by jsonschema.
 - safe: harmful evaluation prompts and their harmless twins, greedy, with and without SafeDecoding. Compliance is an answer
   that the grader of `plumbline.eval.grading.refusal_rules` does not call a decline; differences are paired, with bootstrap
-  intervals over prompts. The expert was trained on other prompts (`sft.jsonl`, `preferences.jsonl` and `harm_twins.jsonl` of `data/starter`); the grader on none.
+  intervals over prompts. The expert was trained on other prompts (`sft.jsonl`, `preferences.jsonl` and `harm_twins.jsonl`
+  of `data/starter`); the grader on none.
 
 Times are CPU seconds of one run side by side; only their ratios mean something. Appends to benchmarks/results/constrained.csv and ends
 with a line of JSON.
@@ -83,7 +84,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if "safe" in args.parts and not (args.expert and (args.expert / "expert" / "adapter_config.json").is_file()):
-        parser.error("part safe needs --expert, a folder of: python -m plumbline.align.safety_expert --out FOLDER")
+        parser.error("part safe needs --expert, a folder of: plumbline safety-expert --out FOLDER")
     missing = [name for name in ENGINES if "json" in args.parts and find_spec(name) is None]
     if missing:
         parser.error(

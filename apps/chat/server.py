@@ -13,7 +13,7 @@ from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from plumbline.apps.chat.command import GuardedChat
+from plumbline.apps.chat.conversation import GuardedChat
 from plumbline.apps.label.store.answers import RefusedError
 from plumbline.apps.label.store.database import open_database
 from plumbline.apps.label.store.items import NewItem, NewResponse

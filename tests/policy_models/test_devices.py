@@ -58,7 +58,7 @@ def test_a_gpu_that_emulates_bf16_computes_in_fp32(machine):
 
 def models_of(source):
     """What each place that loads a model by itself holds after loading it, without a word on where or in what type."""
-    from plumbline.apps.chat.command import LocalSpeaker
+    from plumbline.apps.chat.conversation import LocalSpeaker
     from plumbline.reward.components.fluency import Fluency
     from plumbline.reward.learned import LearnedPreference
 

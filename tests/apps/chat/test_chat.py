@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("fastapi", reason="the chat needs the [ui] extra")
 from fastapi.testclient import TestClient
 
-from plumbline.apps.chat import command as chat_module
-from plumbline.apps.chat.command import GuardedChat, LocalSpeaker, main
+from plumbline.apps.chat.command import main
+from plumbline.apps.chat.conversation import GuardedChat, LocalSpeaker
 from plumbline.apps.chat.server import Thumbs, make_chat_app
 from plumbline.apps.label.exchange import export_rows
 from plumbline.apps.label.store.database import SQLiteDatabase
@@ -178,7 +178,7 @@ def test_a_thumb_for_an_unknown_answer_is_refused(store, make_account):
 )
 def test_bad_settings_stop_before_a_model_loads(argv, rule, monkeypatch):
     monkeypatch.delenv("PLUMBLINE_LABELS", raising=False)
-    monkeypatch.setattr(chat_module.LocalSpeaker, "_load", lambda self: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(LocalSpeaker, "_load", lambda self: pytest.fail("a model was loaded"))
     monkeypatch.setattr("uvicorn.run", lambda *args, **kwargs: pytest.fail("the app was started"))
     with pytest.raises(ValueError, match=rule):
         main(argv)

@@ -8,7 +8,8 @@ pytest.importorskip("fastapi", reason="the labelling app needs the [ui] extra")
 from fastapi.testclient import TestClient
 
 from plumbline.apps.label.arena import Arena, ArenaPolicy
-from plumbline.apps.label.server.api import COOKIE, make_api
+from plumbline.apps.label.server.api import make_api
+from plumbline.apps.label.server.context import COOKIE
 from plumbline.apps.label.store.accounts import Sessions
 from plumbline.apps.label.store.database import SQLiteDatabase
 from plumbline.apps.label.store.items import NewItem, NewResponse
@@ -189,7 +190,7 @@ def test_uploads_are_checked_by_type_size_and_content(sign_in, store, monkeypatc
     assert upload("pairs.exe", row).status_code == 415
     bad = upload("pairs.jsonl", row + b"\n{}")
     assert bad.status_code == 422 and "pairs.jsonl:2" in bad.json()["detail"]
-    monkeypatch.setattr("plumbline.apps.label.server.api.MAX_UPLOAD", 100)
+    monkeypatch.setattr("plumbline.apps.label.server.context.MAX_UPLOAD", 100)
     assert upload("pairs.jsonl", row * 100).status_code == 413
     assert root.post("/api/claim", content=b"x", headers={"Content-Length": "2000000"}).status_code == 413
 
