@@ -32,6 +32,16 @@ class PPOSettings(ModelSettings):
     prompts_file: str = field(
         default=str(STARTER / "prompts.jsonl"), metadata={"help": "JSON Lines with a field prompt"}
     )
+    prompt_shares: str | None = field(
+        default=None,
+        metadata={"help": "kinds of a step's prompts, such as harmful=0.4,twin=0.4,ordinary=0.2; none: as in the file"},
+    )
+    trust_kinds: bool = field(
+        default=True,
+        metadata={
+            "help": "where a prompt's row says its kind, reward by that and not by what the harm scanner guesses"
+        },
+    )
     eval_prompts_file: str | None = field(default=None, metadata={"help": "held-out prompts; none: no evaluation"})
     seed: int = field(default=0, metadata={"help": "of prompts, sampling and initialisation"})
     resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
@@ -149,6 +159,9 @@ class PPOSettings(ModelSettings):
                 value = getattr(self, name)
                 if value is not None and not ok(value):  # NaN fails every rule
                     raise ValueError(f"{name}={getattr(self, name)}: {rule}")
+        shares = self.kind_shares  # refuses what it cannot read
+        if shares is not None and abs(sum(shares.values()) - 1) > 1e-6:
+            raise ValueError(f"prompt_shares={self.prompt_shares!r} add to {sum(shares.values()):g}: must add to 1")
         if self.rollouts_per_step % self.minibatches:
             raise ValueError(
                 f"rollouts_per_step={self.rollouts_per_step} does not split into minibatches={self.minibatches}; "
@@ -212,6 +225,26 @@ class PPOSettings(ModelSettings):
             )
         self.lagrangian()
         KLController(self.kl_coef, self.kl_target, self.kl_horizon)  # refuses what it cannot use
+
+    @property
+    def kind_shares(self) -> dict[str, float] | None:
+        """`prompt_shares` as numbers; ValueError for what is not kind=share, twice the same kind, or a share below 0."""
+        if self.prompt_shares is None:
+            return None
+        shares: dict[str, float] = {}
+        for part in self.prompt_shares.split(","):
+            kind, _, text = (piece.strip() for piece in part.partition("="))
+            try:
+                share = float(text)
+            except ValueError:
+                share = -1.0
+            if not kind or kind in shares or not 0 <= share <= 1:
+                raise ValueError(
+                    f"prompt_shares={self.prompt_shares!r}: {part.strip()!r} must be kind=share with a share from 0 to 1, "
+                    "each kind once"
+                )
+            shares[kind] = share
+        return shares
 
     @property
     def shares_reward_model(self) -> bool:
