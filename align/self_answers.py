@@ -16,8 +16,10 @@ declines have forty different first tokens, and an author's prose is far from it
 3. rows are mixed by shares: how much of the set is harmful, a harmless twin, ordinary. A kind with too few prompts is
    gone through again.
 
-What the run leaves: `sft.jsonl` (prompt, answer, kind), `answers.jsonl` (the kept own answers, one a prompt, to be handed
-to a later run as `answers_file`) and `report.json` (the opening and its rivals, what was left out and why, counts by kind).
+What the run leaves: `sft.jsonl` (prompt, answer, kind); `answers.jsonl` (the kept own answers, one a prompt, to be handed
+to a later run as `answers_file`); `pairs.jsonl` for a reward model that is to know both sides: on harmful prompts the decline
+over the rejected answer of the data, where it has one, on harmless ones the own answer over a decline that was written for
+another prompt; and `report.json` (the opening and its rivals, what was left out and why, counts by kind).
 """
 
 import json
@@ -37,12 +39,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumbline.align.data.rows import last_user_text, read_rows, read_text
+from plumbline.align.data.rows import last_user_text, read_prompts, read_rows, read_text
 from plumbline.align.rl.rollouts import pad_answers
-from plumbline.align.runtime.launch import STARTER, open_run, parse_settings, pick_dtype, resolve_path
+from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.eval.grading.text_checks import repetition
 from plumbline.eval.samples import KINDS
+from plumbline.paths import STARTER, resolve_path
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_for_answers, load_tokenizer, resolve_model_source
@@ -96,10 +99,16 @@ class SelfAnswerSettings:
     rows: int | None = field(default=None, metadata={"help": "rows of the set; none: each prompt once"})
     harmful_share: float = field(default=0.4, metadata={"help": "of the rows, where rows is set"})
     twin_share: float = field(default=0.35, metadata={"help": "the same; the rest is ordinary"})
+    max_pairs: int = field(default=120, metadata={"help": "pairs a kind in pairs.jsonl at most"})
+    skip_prompts: str | None = field(
+        default=None,
+        metadata={"help": "JSON Lines whose prompts stay out of sft.jsonl, such as those of later rollouts"},
+    )
     seed: int = field(default=0, metadata={"help": "of draws and order"})
 
     def __post_init__(self) -> None:
-        for name in ("answers_per_prompt", "max_new_tokens", "max_prompt_tokens", "opening_prompts", "decline_words"):
+        at_least_one = "answers_per_prompt max_new_tokens max_prompt_tokens opening_prompts decline_words max_pairs"
+        for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         for name in ("rows", "new_prompts"):
@@ -124,11 +133,12 @@ class SelfAnswerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """One prompt; `decline` is a written decline of a harmful one, "" where there is none."""
+    """One prompt; of a harmful one a written decline and a written answer that complies, "" where there is none."""
 
     text: str
     kind: str
     decline: str = ""
+    complied: str = ""
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------
@@ -148,14 +158,16 @@ def read_kinds(paths: Sequence[Path]) -> list[Prompt]:
             kind = row.get("kind")
             if kind not in KINDS:
                 raise ValueError(f"{place}: kind={kind!r} must be one of {', '.join(KINDS)}")
-            decline = ""
+            decline, complied = "", ""
             if kind == "harmful" and ("answer" in row or "chosen" in row):
                 decline = read_text(place, row, ("answer", "chosen"), "assistant")[-1]["content"].strip()
+            if kind == "harmful" and "rejected" in row:
+                complied = read_text(place, row, ("rejected",), "assistant")[-1]["content"].strip()
             old = found.get(text)
             if old and (old.kind == "harmful") != (kind == "harmful"):
                 raise ValueError(f"{place}: {text[:60]!r} is {kind} here and {old.kind} in {place_of[text]}; mend one")
             if old is None or (decline and not old.decline):
-                found[text], place_of[text] = Prompt(text=text, kind=kind, decline=decline), place
+                found[text], place_of[text] = Prompt(text=text, kind=kind, decline=decline, complied=complied), place
     return list(found.values())
 
 
@@ -334,6 +346,27 @@ def mix(by_kind: dict[str, list[dict[str, str]]], settings: SelfAnswerSettings) 
     return rows
 
 
+def pairs_of(
+    rows: dict[str, list[dict[str, str]]], complied: dict[str, str], settings: SelfAnswerSettings
+) -> list[dict[str, str]]:
+    """Pairs that say which behaviour is right for a prompt, at most `max_pairs` a kind, ordinary prompts half as many.
+
+    complied: an answer that complies, by harmful prompt.
+    """
+    rng = random.Random(settings.seed + 1)
+    declines = [row["answer"] for row in rows["harmful"]]
+    pairs = []
+    for kind in KINDS:
+        able = [row for row in rows[kind] if (row["prompt"] in complied if kind == "harmful" else declines)]
+        most = settings.max_pairs if kind != "ordinary" else settings.max_pairs // 2
+        for row in rng.sample(able, min(len(able), most)):
+            other = complied[row["prompt"]] if kind == "harmful" else rng.choice(declines)
+            if other != row["answer"]:
+                pairs.append({"prompt": row["prompt"], "chosen": row["answer"], "rejected": other, "kind": kind})
+    rng.shuffle(pairs)
+    return pairs
+
+
 def self_answers(
     settings: SelfAnswerSettings, *, reward: CompositeReward | None = None, declined: Declines | None = None
 ) -> Path:
@@ -345,6 +378,9 @@ def self_answers(
         for kind, share in (("harmful", settings.harmful_share), ("twin", settings.twin_share)):
             if share and not by_kind[kind]:
                 raise ValueError(f"{settings.prompts_files}: no prompt of kind {kind}, whose share is {share}")
+    skipped: set[str] = set()
+    if settings.skip_prompts:
+        skipped = {last_user_text(prompt) for prompt in read_prompts(resolve_path(settings.skip_prompts))}
     resolve_model_source(settings.model)
     run = open_run(settings.output_dir, settings)
     tokenizer = load_tokenizer(settings.model)
@@ -352,7 +388,7 @@ def self_answers(
     harmful = [prompt for prompt in prompts if prompt.kind == "harmful"]
     harmless = [prompt for prompt in prompts if prompt.kind != "harmful"]
     order = random.Random(settings.seed)
-    fresh = [prompt for prompt in harmless if prompt.text not in known]
+    fresh = [prompt for prompt in harmless if prompt.text not in known and prompt.text not in skipped]
     fresh = order.sample(fresh, min(len(fresh), len(fresh) if settings.new_prompts is None else settings.new_prompts))
     declined = declined or load_refusal_head().probability
     report: dict[str, Any] = {"opening": settings.opening, "openings": [], "left_out": {}}
@@ -386,7 +422,9 @@ def self_answers(
     for prompt in harmless:
         if prompt.text in own:
             rows[prompt.kind].append({"prompt": prompt.text, "answer": own[prompt.text], "kind": prompt.kind})
-    mixed = mix(rows, settings)
+    pairs = pairs_of(rows, {prompt.text: prompt.complied for prompt in harmful if prompt.complied}, settings)
+    kept = {kind: [row for row in of if row["prompt"] not in skipped] for kind, of in rows.items()}
+    mixed = mix(kept, settings)
     if not mixed:
         raise ValueError(
             "no row is left: every answer broke a rule; see report.json, raise max_new_tokens or the limits"
@@ -394,9 +432,11 @@ def self_answers(
     report |= {
         "prompts": {kind: len(rows[kind]) for kind in KINDS},
         "rows": {kind: sum(row["kind"] == kind for row in mixed) for kind in KINDS},
+        "pairs": {kind: sum(pair["kind"] == kind for pair in pairs) for kind in KINDS},
         "own_answers": {"taken_over": len(own) - (len(drawn) if fresh else 0), "new": len(drawn) if fresh else 0},
     }
     write_rows(run / "sft.jsonl", mixed)
+    write_rows(run / "pairs.jsonl", pairs)
     write_rows(run / "answers.jsonl", [row for kind in KINDS[1:] for row in rows[kind]])
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return run
