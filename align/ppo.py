@@ -51,10 +51,11 @@ from plumbline.align.runtime.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype, resolve_path
+from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
 from plumbline.align.runtime.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from plumbline.eval.gates.after_training import gate_suites, run_gates
+from plumbline.paths import resolve_path
 from plumbline.policy_models.chat import encode_prompts, sample_answers, stop_ids
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows

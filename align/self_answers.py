@@ -55,7 +55,7 @@ from plumbline.safety.verifier.refusal import load_refusal_head
 
 STARTER_FILES = "sft preferences prompts harm_twins twins declines harmless".split()
 Declines = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # P(the answer declines), one a row
-_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
+_SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+|\n+")
 OPENING_TOKENS = 24  # of an answer from which an opening is taken: one sentence
 OPENINGS_SCORED = 6  # most frequent ones
 SCORED_ON = 16  # prompts
