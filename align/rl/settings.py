@@ -116,7 +116,14 @@ class PPOSettings(ModelSettings):
         default=0.0, metadata={"help": "bound of its mean raw score; of the negated score where its weight is positive"}
     )
     multiplier_start: float = field(default=1.0, metadata={"help": "Lagrange multiplier at the start"})
-    multiplier_lr: float = field(default=0.1, metadata={"help": "rate of its logarithm, once a rollout"})
+    multiplier_lr: float = field(
+        default=0.1, metadata={"help": "rate of its logarithm, or of the integral of pid, once a rollout"}
+    )
+    multiplier_control: str = field(
+        default="log", metadata={"help": "log: its logarithm follows the excess cost; pid: proportional and integral"}
+    )
+    multiplier_gain: float = field(default=1.0, metadata={"help": "of pid: per unit of excess cost, at once"})
+    multiplier_damping: float = field(default=0.0, metadata={"help": "of pid: per unit by which the excess rose"})
     multiplier_max: float = field(default=10.0, metadata={"help": "its upper bound"})
 
     fluency_weight: float = field(default=1.0, metadata={"help": "alpha"})
@@ -259,7 +266,13 @@ class PPOSettings(ModelSettings):
     def lagrangian(self) -> Lagrangian | None:
         """The multiplier of the constraint at the start of a run; None without a constraint."""
         start = Lagrangian(
-            self.multiplier_start, limit=self.cost_limit, lr=self.multiplier_lr, maximum=self.multiplier_max
+            self.multiplier_start,
+            limit=self.cost_limit,
+            lr=self.multiplier_lr,
+            maximum=self.multiplier_max,
+            control=self.multiplier_control,
+            gain=self.multiplier_gain,
+            damping=self.multiplier_damping,
         )
         return start if self.cost_component else None
 
