@@ -99,7 +99,7 @@ def sample_pairs(
     for source in (settings.model, settings.reward_model if settings.preference_weight else None):
         if source:
             resolve_model_source(source)
-    state = PartialState()
+    state = PartialState(cpu=default_device().type == "cpu")  # once: later calls share what this one found
     run = open_run(settings.output_dir, settings) if state.is_main_process else Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.model)
     kind_of = dict(zip(map(last_user_text, prompts), read_prompt_kinds(path), strict=True))
