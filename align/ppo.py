@@ -35,7 +35,7 @@ from plumbline.align.models.start import load_start
 from plumbline.align.parallel.gradient_compression import PowerSGD
 from plumbline.align.parallel.sharding import asks_for_shards, mesh_of, whole
 from plumbline.align.rl.evaluation import evaluate, fit_scaling
-from plumbline.align.rl.inputs import build_reward, check_sharding, read_prompt_files
+from plumbline.align.rl.inputs import build_reward, check_sharding, read_prompt_files, read_prompt_kinds, rows_of_step
 from plumbline.align.rl.kl_control import KLController
 from plumbline.align.rl.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
 from plumbline.align.rl.rollout_server import RolloutServer
@@ -56,6 +56,7 @@ from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
 from plumbline.align.runtime.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from plumbline.eval.gates.after_training import gate_suites, run_gates
+from plumbline.paths import resolve_path
 from plumbline.policy_models.chat import encode_prompts, sample_answers, stop_ids
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
@@ -87,7 +88,9 @@ class PPO:
         set_seed(settings.seed)
         self.dtype = pick_dtype(settings.dtype)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.model)
+        kind_of = dict(zip(texts_of(prompts), read_prompt_kinds(resolve_path(settings.prompts_file)), strict=True))
         self.prompts, self.prompt_ids = self._encode(prompts)
+        self.kinds = [kind_of[text] for text in texts_of(self.prompts)]
         self.eval_prompts, self.eval_ids = self._encode(eval_prompts)
 
         mesh = mesh_of(accelerator)
@@ -157,21 +160,13 @@ class PPO:
     # 1. prompts -------------------------------------------------------------------------------------------------------
 
     def prompts_of_step(self, step: int) -> list[int]:
-        """Indices of this rank's prompts: a function of seed and step alone, so that a resumed run draws the same.
-
-        Each pass over the prompts is shuffled anew and used up before the next begins.
-        """
-        n, answers_each = len(self.prompts), self.settings.answers_per_prompt
-        per_step = self.settings.rollouts_per_step // answers_each
-        first = step * per_step
-        order: list[int] = []
-        for epoch in range(first // n, (first + per_step - 1) // n + 1):
-            shuffle = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            order += torch.randperm(n, generator=shuffle).tolist()
-        start = first - (first // n) * n
+        """Indices of this rank's prompts (`plumbline.align.rl.inputs.rows_of_step`)."""
+        s, answers_each = self.settings, self.settings.answers_per_prompt
+        per_step = s.rollouts_per_step // answers_each
+        rows = rows_of_step(self.kinds, step, per_step, seed=s.seed, shares=s.kind_shares)
         share = per_step // self.accelerator.num_processes
-        mine = start + self.accelerator.process_index * share
-        return [row for row in order[mine : mine + share] for _ in range(answers_each)]
+        mine = self.accelerator.process_index * share
+        return [row for row in rows[mine : mine + share] for _ in range(answers_each)]
 
     # 2 - 4. rollout, score, log-probabilities, values -----------------------------------------------------------------
 

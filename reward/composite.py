@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from plumbline.reward.components.known import HarmOfPrompts
 from plumbline.reward.contracts import Parts, Reward, RewardComponent
 from plumbline.reward.scaling import Scaling, fit_scaling
 
@@ -162,13 +163,15 @@ def default_composite(
     delta: float = 1.0,
     fluency_source: str = "bundled:smollm2-135m-instruct",
     scaling: Scaling | None = None,
+    harm: HarmOfPrompts | None = None,
 ) -> CompositeReward:
     """The embedded default, R = alpha * fluency + beta * relevance + gamma * safety - delta * toxicity.
 
     Runs without a network: MiniLM embeddings with the shipped heads, and a small frozen language model for fluency
-    (`fluency_source`: any source that `plumbline.policy_models.loading.load_policy` takes; not loaded when alpha is 0).
+    (`fluency_source`: any source that `plumbline.policy_models.loading.load_policy` takes; not loaded when alpha is 0). `harm` says
+    how harmful prompts are, to safety and to relevance alike: the shipped scanner if not given.
     """
-    from plumbline.reward.components.relevance import Relevance
+    from plumbline.reward.components.relevance import Relevance, declined_harm
     from plumbline.reward.components.safety import Safety
     from plumbline.reward.components.toxicity import Toxicity
 
@@ -178,8 +181,8 @@ def default_composite(
 
         components.append((Fluency.load(fluency_source), alpha))
     components += [
-        (Relevance(), beta),
-        (Safety(), gamma),
+        (Relevance(declined=declined_harm(harm)), beta),
+        (Safety(harm=harm), gamma),
         (Toxicity(), -delta),  # the one place where toxicity turns into a charge
     ]
     return CompositeReward(components, scaling=scaling)

@@ -63,7 +63,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path}: the file has no rows; at least one is needed")
 
 
-def _text_field(place: str, row: dict[str, Any], names: tuple[str, ...], role: str) -> Messages:
+def read_text(place: str, row: dict[str, Any], names: tuple[str, ...], role: str) -> Messages:
     """The first of `names` that the row has, as messages that end with `role`."""
     name = next((n for n in names if n in row), None)
     if name is None:
@@ -90,13 +90,13 @@ def read_sft(path: Path) -> list[dict[str, Messages]]:
     pairs = []
     for place, row in read_rows(path):
         if "messages" in row:
-            messages = _text_field(place, row, ("messages",), "assistant")
+            messages = read_text(place, row, ("messages",), "assistant")
             prompt, completion = messages[:-1], messages[-1:]
             if not prompt:
                 raise ValueError(f"{place}: messages hold an answer and no prompt; add the user's turn")
         else:
-            prompt = _text_field(place, row, ("prompt",), "user")
-            completion = _text_field(place, row, ("answer", "completion"), "assistant")
+            prompt = read_text(place, row, ("prompt",), "user")
+            completion = read_text(place, row, ("answer", "completion"), "assistant")
         pairs.append({"prompt": prompt, "completion": completion})
     return pairs
 
@@ -105,9 +105,9 @@ def read_preferences(path: Path) -> list[PreferencePair]:
     """Preference pairs; ValueError when chosen and rejected are the same text, a prompt is empty, a margin below 0."""
     pairs = []
     for place, row in read_rows(path):
-        prompt = _text_field(place, row, ("prompt",), "user")
-        chosen = _text_field(place, row, ("chosen",), "assistant")
-        rejected = _text_field(place, row, ("rejected",), "assistant")
+        prompt = read_text(place, row, ("prompt",), "user")
+        chosen = read_text(place, row, ("chosen",), "assistant")
+        rejected = read_text(place, row, ("rejected",), "assistant")
         if chosen[-1]["content"].strip() == rejected[-1]["content"].strip():
             raise ValueError(f"{place}: chosen and rejected are the same text; drop the pair or relabel it")
         margin = row.get("margin", 0.0)
@@ -139,7 +139,7 @@ def read_preferences(path: Path) -> list[PreferencePair]:
 
 def read_prompts(path: Path) -> list[Messages]:
     """Prompts for rollouts, each a conversation that ends with the user."""
-    return [_text_field(place, row, ("prompt",), "user") for place, row in read_rows(path)]
+    return [read_text(place, row, ("prompt",), "user") for place, row in read_rows(path)]
 
 
 def last_user_text(prompt: Messages) -> str:

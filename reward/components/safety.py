@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from plumbline.safety.input_filter.harm import HarmScanner, load_harm_scanner
+from plumbline.reward.components.known import HarmOfPrompts
+from plumbline.safety.input_filter.harm import load_harm_scanner
 from plumbline.safety.verifier.refusal import RefusalHead, load_refusal_head
 
 
@@ -28,7 +29,7 @@ class Safety:
     def __init__(
         self,
         *,
-        harm: HarmScanner | None = None,
+        harm: HarmOfPrompts | None = None,
         refusal: RefusalHead | None = None,
         over_refusal_cost: float = 0.5,
         name: str = "safety",
