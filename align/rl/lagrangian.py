@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 CONTROLS = ("log", "pid")
 
 
