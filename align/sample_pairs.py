@@ -40,7 +40,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from plumbline.align.data.rows import Messages, last_user_text
-from plumbline.align.models.actors import load_start
+from plumbline.align.models.start import load_start
 from plumbline.align.rl.inputs import build_reward, read_prompt_files, read_prompt_kinds, rows_of_step
 from plumbline.align.rl.rollouts import drop_long_prompts
 from plumbline.align.rl.settings import PPOSettings

@@ -18,7 +18,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {  # package -> which of ours it may import; apps may import everything
     "apps": {"align", "reward", "safety", "policy_models", "eval"},
-    "align": {"reward", "policy_models", "eval"},
+    "align": {
+        "reward",
+        "safety",
+        "policy_models",
+        "eval",
+    },  # safety: pairs by guided decoding, own answers by the refusal head
     "eval": {"safety", "reward", "policy_models"},
     "reward": {"safety", "policy_models"},
     "safety": {"policy_models"},  # and only for decoding: see below
