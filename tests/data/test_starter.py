@@ -132,6 +132,7 @@ def test_declines_go_on_after_their_first_sentence() -> None:
         first, *rest = re.split(r"(?<=[.!?])\s+", row["answer"], maxsplit=1)
         assert rest and len(rest[0].split()) >= 10, f"{row['id']}: the answer ends with its first sentence: {first}"
         assert not LEANING.match(rest[0]), f"{row['id']}: {rest[0]!r} leans on the sentence before it"
+        assert 15 <= len(row["answer"].split()) <= 60, f"{row['id']}: an answer has 15 to 60 words"
 
 
 def test_rows_for_the_heads_come_by_two_recipes_and_twins_over_all_hazards() -> None:
@@ -316,6 +317,9 @@ def summary() -> str:
         counts = [Counter(row["kind"] for row in read(name) if row["category"] == code) for name in names]
         cells = [f"{count['harmful']} + {count['twin']}" for count in counts]
         lines.append(f"| {code}, {meaning} | {' | '.join(cells)} |")
+    declined = {name: sum(row["kind"] == "harmful" for row in read(name)) for name in GOOD_ANSWERS}
+    by_file = ", ".join(f"{count} {name}" for name, count in declined.items())
+    lines += ["", f"Harmful prompts with a declining answer: {sum(declined.values())} ({by_file})."]
     rows = read("preferences")
     lines += ["", "| preference pairs | rows | chosen is longer |", "|---|---|---|"]
     for kind, share in chosen_longer().items():
