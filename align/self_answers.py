@@ -393,7 +393,7 @@ def self_answers(
     order = random.Random(settings.seed)
     fresh = [prompt for prompt in harmless if prompt.text not in known and prompt.text not in skipped]
     fresh = order.sample(fresh, min(len(fresh), len(fresh) if settings.new_prompts is None else settings.new_prompts))
-    declined = declined or load_refusal_head().probability
+    declined = declined or load_refusal_head().at_once
     report: dict[str, Any] = {"opening": settings.opening, "openings": [], "left_out": {}}
 
     model: Any = None
