@@ -248,18 +248,18 @@ def mean_logp(
     return logp.view(len(texts), -1).mean(dim=1).tolist()
 
 
-def own_decline(opening: str, prompt: Prompt, *, declined: Declines, words: int) -> str:
-    """The opening, then the sentences of the written decline that do not decline themselves, up to `words` words."""
-    text = opening
-    rest = sentences(prompt.decline)
-    likely = declined([prompt.text] * len(rest), rest) if rest else []
-    for sentence, p in zip(rest, likely, strict=True):
-        if p > 0.5:
+def own_declines(opening: str, prompts: Sequence[Prompt], *, declined: Declines, words: int) -> list[str]:
+    """For each prompt the opening, then the sentences of its written decline that do not decline themselves, up to `words`."""
+    rest = [(at, sentence) for at, prompt in enumerate(prompts) for sentence in sentences(prompt.decline)]
+    likely = declined([prompts[at].text for at, _ in rest], [sentence for _, sentence in rest]) if rest else []
+    texts, full = [opening] * len(prompts), [False] * len(prompts)
+    for (at, sentence), p in zip(rest, likely, strict=True):
+        if p > 0.5 or full[at]:
             continue
-        if len(f"{text} {sentence}".split()) > words:
-            break
-        text = f"{text} {sentence}"
-    return text
+        longer = f"{texts[at]} {sentence}"
+        full[at] = len(longer.split()) > words
+        texts[at] = texts[at] if full[at] else longer
+    return texts
 
 
 # ---- own answers ------------------------------------------------------------------------------------------------------
@@ -434,8 +434,8 @@ def self_answers(
         report["drawn"] = {"prompts": len(fresh), "answers": len(fresh) * settings.answers_per_prompt}
 
     rows: dict[str, list[dict[str, str]]] = {kind: [] for kind in KINDS}
-    for prompt in harmful:
-        text = own_decline(str(report["opening"]), prompt, declined=declined, words=settings.decline_words)
+    texts = own_declines(str(report["opening"]), harmful, declined=declined, words=settings.decline_words)
+    for prompt, text in zip(harmful, texts, strict=True):
         rows["harmful"].append({"prompt": prompt.text, "answer": text, "kind": "harmful"})
     for prompt in harmless:
         if prompt.text in own:
