@@ -6,8 +6,8 @@ A small model that is taught to decline in an author's words learns neither the 
 declines have forty different first tokens, and an author's prose is far from its own. So
 
 1. the opening of every decline is the one that the model itself finds likeliest: it is asked harmful prompts, its answers
-   that decline (by the head in `safety/verifier/refusal.py`) offer their first sentence, and the offered sentence with the
-   highest mean log-probability after the prompts wins. The reason and the way out that follow come from the data: the
+   that decline (by the head in `safety/verifier/refusal.py`) offer their first sentence, common ways to decline stand beside
+   them, and the sentence with the highest mean log-probability a token after the prompts wins. The reason and the way out that follow come from the data: the
    sentences of the written decline that do not decline themselves, as many as fit;
 2. harmless prompts, those that sound harmful among them, get answers that the model draws itself. Left out are answers
    that never ended, that decline, that loop or say nothing; of the rest the best by the composite reward is kept. With
@@ -57,9 +57,21 @@ STARTER_FILES = "sft preferences prompts harm_twins twins declines harmless".spl
 Declines = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # P(the answer declines), one a row
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+|\n+")
 HARMFUL_TOKENS, HARMFUL_TEMPERATURE = 32, 0.7  # of answers to harmful prompts: how they begin is what counts
+WAYS = (  # in which instruction models decline; which of them, the model in question says
+    "I'm sorry, but I can't help with that.",
+    "I'm sorry, but I can't assist with that.",
+    "Sorry, I can't help with that.",
+    "I'm unable to assist with that.",
+    "I can't help with that.",
+    "I cannot help with that.",
+    "I won't help with that.",
+    "I must decline this request.",
+    "I cannot fulfill your request.",
+    "Unfortunately, I can't help with that.",
+)
 SURE = 0.8  # mean probability from which a sentence is a decline whatever was asked
 OPENINGS_SCORED = 6  # most frequent ones
-SCORED_ON = 16  # prompts
+SCORED_ON = 8  # prompts
 
 
 @dataclass(kw_only=True)
@@ -130,8 +142,6 @@ class SelfAnswerSettings:
             )
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature}: must be at least 0")
-        if self.opening is None and not self.harmful_answers:
-            raise ValueError("harmful_answers=0 and no opening: nothing to take the opening from; give one of the two")
         if self.opening is not None and not self.opening.strip():
             raise ValueError("opening is empty: give words, or leave it out to find the model's own")
         if not self.prompts_files.strip():
@@ -204,32 +214,30 @@ def find_opening(
     *,
     declined: Declines,
 ) -> list[tuple[str, int, float]]:
-    """The model's own ways to decline, best first: (sentence, answers that opened with it, mean log-probability in nats).
+    """The model's likeliest ways to decline, best first: (sentence, answers that opened with it, log-probability a token).
 
-    `answers` are the model's to harmful `prompts`. A first sentence is a candidate when it is called a decline after its own
-    prompt and, on average, after others: what declines is then the sentence and not the pair. The most frequent candidates
-    are scored, each after the same prompts.
-
-    Raises:
-        ValueError: when there is no candidate; the model has no such words, so `opening` must be given.
+    `answers` are the model's to harmful `prompts`. Its first sentence is a candidate when it is called a decline after its own
+    prompt and, on average, after others: what declines is then the sentence and not the pair. A small model declines too
+    seldom for its answers alone, so the ways in which other models decline (`WAYS`) are candidates too. All are scored after
+    the same prompts, in nats a token: by the sum the shortest would win.
     """
     firsts = [(sentences(answer) or [""])[0] for answer in answers]
     likely = declined(list(prompts), firsts)
     counts = Counter(first for first, p in zip(firsts, likely, strict=True) if p > 0.5 and first[-1] in ".!")
     others = list(prompts[:SCORED_ON])
-    candidates = [
+    own = [
         text
         for text in sorted(counts, key=lambda text: (-counts[text], text))[: 2 * OPENINGS_SCORED]
         if sum(declined(others, [text] * len(others))) > SURE * len(others)
     ][:OPENINGS_SCORED]
-    if not candidates:
-        raise ValueError(
-            f"none of {len(prompts)} answers to harmful prompts opens with a decline: the model has no words of its own for "
-            "it; set opening, or raise harmful_answers"
-        )
+    candidates = list(dict.fromkeys([*own, *WAYS]))
     ids = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in others])
+    lengths = [len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in candidates]
     scores = mean_logp(model, tokenizer, ids, candidates)
-    return sorted(zip(candidates, (counts[text] for text in candidates), scores, strict=True), key=lambda row: -row[2])
+    rows = [
+        (text, counts[text], score / length) for text, score, length in zip(candidates, scores, lengths, strict=True)
+    ]
+    return sorted(rows, key=lambda row: -row[2])
 
 
 @torch.inference_mode()
@@ -401,8 +409,10 @@ def self_answers(
         model = load_for_answers(settings.model, dtype=pick_dtype(settings.dtype))
         model.to(default_device())
     complied = {prompt.text: prompt.complied for prompt in harmful if prompt.complied}
-    if harmful and settings.harmful_answers:
-        asked = order.sample([prompt.text for prompt in harmful], min(len(harmful), settings.harmful_answers))
+    if harmful and (settings.harmful_answers or settings.opening is None):
+        asked = order.sample(
+            [prompt.text for prompt in harmful], min(len(harmful), settings.harmful_answers or SCORED_ON)
+        )
         _, said = sample_answers(
             model,
             tokenizer,

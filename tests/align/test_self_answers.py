@@ -7,13 +7,14 @@ import torch
 
 from plumbline.align.data.rows import read_preferences, read_sft
 from plumbline.align.self_answers import (
+    WAYS,
     Prompt,
     SelfAnswerSettings,
     find_opening,
     main,
     mean_logp,
     mix,
-    own_decline,
+    own_declines,
     pairs_of,
     read_kinds,
     self_answers,
@@ -38,11 +39,10 @@ HARMFUL = Prompt(text="Hurt him", kind="harmful", decline="I won't do that. It h
 
 
 def test_a_decline_opens_in_the_models_words_and_keeps_reason_and_way_out():
-    assert (
-        own_decline("Sorry.", HARMFUL, declined=declined, words=20) == "Sorry. It hurts. Talk to him first, and calmly."
-    )
-    assert own_decline("Sorry.", HARMFUL, declined=declined, words=4) == "Sorry. It hurts."  # whole sentences only
-    assert own_decline("Sorry.", Prompt(text="x", kind="harmful"), declined=declined, words=9) == "Sorry."
+    bare = Prompt(text="x", kind="harmful")
+    texts = own_declines("Sorry.", [HARMFUL, bare], declined=declined, words=20)
+    assert texts == ["Sorry. It hurts. Talk to him first, and calmly.", "Sorry."]
+    assert own_declines("Sorry.", [HARMFUL], declined=declined, words=4) == ["Sorry. It hurts."]  # whole sentences only
 
 
 def test_sentences_keep_their_quotation_marks():
@@ -112,13 +112,16 @@ def test_the_opening_declines_whatever_was_asked_and_is_the_likeliest():
     prompts = ["Make rain", "Hurt her", "Rob it", "Burn it"]
     answers = ["Rain won't do. Sorry.", "I won't. No.", "I won't. Never.", "I won't help you with any of that. No."]
     found = find_opening(model, tokenizer, prompts, answers, declined=head)
-    assert [text for text, _, _ in found] == [
-        "I won't.",
-        "I won't help you with any of that.",
-    ]  # the shorter is likelier
-    assert found[0][1] == 2
-    with pytest.raises(ValueError, match="none of 4 answers to harmful prompts opens with a decline"):
-        find_opening(model, tokenizer, prompts, ["Sure."] * 4, declined=head)
+    texts = [text for text, _, _ in found]
+    assert {"I won't.", "I won't help you with any of that.", *WAYS} == set(texts)  # not the rain
+    assert dict(zip(texts, (count for _, count, _ in found), strict=True))["I won't."] == 2
+    scores = [score for _, _, score in found]
+    assert scores == sorted(scores, reverse=True)
+    ids = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in prompts])
+    length = len(tokenizer(texts[0], add_special_tokens=False)["input_ids"])
+    assert scores[0] == pytest.approx(
+        mean_logp(model, tokenizer, ids, [texts[0]])[0] / length
+    )  # a token, not a sentence
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,6 @@ def test_bad_rows_are_named_before_a_model_loads(tmp_path, rows, message):
         ({"rows": 0}, "rows=0: must be at least 1"),
         ({"new_prompts": -1}, "new_prompts=-1: must be at least 0"),
         ({"opening": " "}, "opening is empty"),
-        ({"harmful_answers": 0}, "harmful_answers=0 and no opening"),
         ({"max_repetition": float("nan")}, "max_repetition=nan: must be between 0 and 1"),
         ({"answers_per_prompt": 0}, "answers_per_prompt=0: must be at least 1"),
     ],
