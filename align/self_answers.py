@@ -7,8 +7,8 @@ declines have forty different first tokens, and an author's prose is far from it
 
 1. the opening of every decline is the one that the model itself finds likeliest: it is asked harmful prompts, its answers
    that decline (by the head in `safety/verifier/refusal.py`) offer their first sentence, common ways to decline stand beside
-   them, and the sentence with the highest mean log-probability a token after the prompts wins. The reason and the way out that follow come from the data: the
-   sentences of the written decline that do not decline themselves, as many as fit;
+   them, and the sentence with the highest mean log-probability a token after the prompts wins. The reason and the way out that
+   follow come from the data: the sentences of the written decline that do not decline themselves, as many as fit;
 2. harmless prompts, those that sound harmful among them, get answers that the model draws itself. Left out are answers
    that never ended, that decline, that loop or say nothing; of the rest the best by the composite reward is kept. With
    `hint` the model is asked for short answers while it draws, and the hint is left out of the row: what it does when told
