@@ -107,6 +107,8 @@ def _wrong_type(annotation: Any, value: Any) -> str | None:
     """What the setting takes, if that is a plain type and the value is not of it."""
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     kinds = set(typing.get_args(annotation)) or {annotation}
+    if typing.get_origin(annotation) is list or any(typing.get_origin(kind) is list for kind in kinds):
+        return None  # several values: the parser looks at each
     if not kinds <= {*plain, type(None)}:
         return None
     if float in kinds and isinstance(value, int | float | str) and not isinstance(value, bool):
