@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from plumbline.align.data.rows import Messages, last_user_text, read_prompts
+from plumbline.align.data.rows import Messages, read_prompts
 from plumbline.align.models.start import load_start
 from plumbline.align.rl.inputs import build_reward
-from plumbline.align.rl.rollouts import drop_long_prompts
+from plumbline.align.rl.rollouts import encode_fitting
 from plumbline.align.rl.settings import PPOSettings
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
+from plumbline.align.runtime.launch import claim_run, open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
-from plumbline.paths import resolve_path
-from plumbline.policy_models.chat import encode_prompts, sample_answers
+from plumbline.policy_models.chat import sample_answers
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_tokenizer, resolve_model_source
 from plumbline.reward import CompositeReward
+from plumbline.rows import data_source
 
 
 @dataclass(kw_only=True)
@@ -47,6 +47,8 @@ class PairSettings(PPOSettings):
         super().__post_init__()
         if self.answers_per_prompt < 2:
             raise ValueError(f"answers_per_prompt={self.answers_per_prompt}: must be at least 2 to make a pair")
+        if self.resume:
+            raise ValueError("resume=true: sampling pairs is one pass without checkpoints; leave it out")
         if self.pair_prompts < 1:
             raise ValueError(f"pair_prompts={self.pair_prompts}: must be at least 1")
         if not self.min_margin >= 0:
@@ -57,13 +59,14 @@ class PairSettings(PPOSettings):
 
 def sample_pairs(settings: PairSettings, *, reward: CompositeReward | None = None) -> Path:
     """Samples, scores, pairs and returns the run folder. `reward` replaces the one that the settings describe."""
-    prompts = read_prompts(resolve_path(settings.prompts_file))
+    prompts = read_prompts(data_source(settings.prompts_file))
     for source in (settings.model, settings.reward_model if settings.preference_weight else None):
         if source:
             resolve_model_source(source)
+    lock = claim_run(settings.output_dir)
     run = open_run(settings.output_dir, settings)
     tokenizer = load_tokenizer(settings.model)
-    prompts, ids = drop_long_prompts(prompts, encode_prompts(tokenizer, prompts), settings.max_prompt_tokens)
+    prompts, ids = encode_fitting(tokenizer, prompts, settings.max_prompt_tokens, what="sample_pairs")
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(settings.seed)).tolist()
     rows = [row for row in order[: settings.pair_prompts] for _ in range(settings.answers_per_prompt)]
     model: Any = load_start(settings.model, dtype=pick_dtype(settings.dtype))
@@ -77,7 +80,7 @@ def sample_pairs(settings: PairSettings, *, reward: CompositeReward | None = Non
         generator=torch.Generator(model.device).manual_seed(settings.seed),
     )
     reward = reward or build_reward(settings)
-    raw = reward.raw([last_user_text(prompts[row]) for row in rows], answers)
+    raw = reward.raw([prompts[row] for row in rows], answers)
     reward.fit_raw(raw).save(run / "scaling.json")
     pairs = best_and_worst([prompts[row] for row in rows], answers, reward.combine(raw).total, settings)
     if not pairs:
@@ -86,6 +89,8 @@ def sample_pairs(settings: PairSettings, *, reward: CompositeReward | None = Non
             "lower it, raise answers_per_prompt or the temperature"
         )
     write_rows(run / "pairs.jsonl", pairs)
+    if lock is not None:
+        lock.close()
     return run
 
 

@@ -51,21 +51,40 @@ logger = logging.getLogger(__name__)
 # ChatML. `generation` marks what the assistant says, its end included, for losses on the assistant only; it renders to
 # nothing, so the text is that of the template without it.
 _CHATML_TURNS = (
+    "{% set offered %}"
+    "{% if tools %}"
+    "{{ '\\n\\n# Tools\\n\\nYou may call these functions:\\n<tools>' }}"
+    "{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}"
+    "{{ '\\n</tools>\\n\\nA call is a JSON object of name and arguments within <tool_call></tool_call> tags.' }}"
+    "{% endif %}"
+    "{% endset %}"
+    "{% if tools and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n' + ((default_system or '') + offered) | trim + '<|im_end|>\\n' }}"
+    "{% elif default_system and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n' + default_system + '<|im_end|>\\n' }}"
+    "{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{% generation %}"
+    "{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\\n' if message['content'] or not loop.first }}"
+    "{{ '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>' }}"
+    "{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] }}"
+    "{% if loop.first and message['role'] == 'system' %}{{ offered }}{% endif %}"
+    "{{ '<|im_end|>' }}"
+    "{% endif %}"
     "{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # SmolLM2 was tuned with this system prompt in every conversation that brought none.
-_SMOLLM2_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}"
-    "{% endif %}"
-)
+_SMOLLM2_SYSTEM = "{% set default_system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}"
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in SmolLM2 and in the tiny models
 _PAD_ID, _BOS_ID, _EOS_ID = 0, 1, 2
 # Existing tokens that may stand in for a missing pad token, best first.
@@ -205,6 +224,24 @@ def load_scalar_model(
         with torch.no_grad():
             model.score.weight.copy_(weight)
     return model.to(device)
+
+
+def last_token_scores(model: Any, input_ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Scores (B,), fp32, of a model with one label at the last kept token of right-padded rows.
+
+    transformers looks for the last token that is not the padding token instead, which is another one where a row ends with
+    that token, as it does when the vocabulary has none to spare and the end token pads.
+    """
+    config = model.config.get_text_config()
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    last = keep.sum(dim=1) - 1
+    ends_in_pad = (
+        bool((input_ids[rows, last] == config.pad_token_id).any()) if config.pad_token_id is not None else True
+    )
+    if not ends_in_pad or not isinstance(model, PreTrainedModel):
+        return model(input_ids=input_ids, attention_mask=keep).logits[:, 0].float()
+    states = model.base_model(input_ids=input_ids, attention_mask=keep, use_cache=False).last_hidden_state
+    return model.score(states[rows, last])[:, 0].float()  # type: ignore[operator]
 
 
 def model_summary(model: PreTrainedModel) -> str:
@@ -431,7 +468,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 # name -> revision, builder. A new revision builds anew beside the old folder.
 BUNDLED: dict[str, tuple[int, Callable[[Path], None]]] = {
-    "smollm2-135m-instruct": (1, _build_smollm2),
-    "tiny-moe": (1, _build_tiny_moe),
-    "tiny-llama": (1, _build_tiny_llama),
+    "smollm2-135m-instruct": (2, _build_smollm2),
+    "tiny-moe": (2, _build_tiny_moe),
+    "tiny-llama": (2, _build_tiny_llama),
 }

@@ -30,6 +30,8 @@ FLOOR = {
     "plumbline.lazy",
     "plumbline.moved",
     "plumbline.extensions",
+    "plumbline.rows",
+    "plumbline.messages",
 }  # below all of them
 STAGES = {path.stem for path in (REPOSITORY / "align").glob("*.py")} - {"__init__"}  # launched; only apps import one
 MOST_FILES = 15  # of Python at one level of a folder

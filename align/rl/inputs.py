@@ -9,14 +9,14 @@ from plumbline.align.data.rows import Messages, read_prompts
 from plumbline.align.models.actors import Actors
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.runtime.launch import pick_dtype
-from plumbline.paths import resolve_path
 from plumbline.reward import CompositeReward, default_composite
+from plumbline.rows import data_source
 
 
 def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messages]]:
     """(prompts to train on, prompts to evaluate on); the latter are taken at even steps through their file."""
-    prompts = read_prompts(resolve_path(settings.prompts_file))
-    held_out = read_prompts(resolve_path(settings.eval_prompts_file)) if settings.eval_prompts_file else []
+    prompts = read_prompts(data_source(settings.prompts_file))
+    held_out = read_prompts(data_source(settings.eval_prompts_file)) if settings.eval_prompts_file else []
     count = min(settings.eval_prompts, len(held_out))
     return prompts, [held_out[at * len(held_out) // count] for at in range(count)]
 
