@@ -13,7 +13,7 @@ from plumbline.apps.label.store.queue import FIRST
 from plumbline.apps.label.store.store import LabelStore
 from plumbline.apps.label.store.votes import Vote, for_training, read_votes, settle
 from plumbline.messages import as_messages, with_system, without_prompt
-from plumbline.rows import hub_rows, rows_of_bytes
+from plumbline.rows import hub_rows, read_rows, rows_of_bytes
 
 # In
 
@@ -105,7 +105,6 @@ def _response(value: Any) -> NewResponse:
 
 def starter_items() -> list[NewItem]:
     """The preference pairs that ship with Plumbline, to be labelled blind."""
-    from plumbline.align.data.rows import read_rows
     from plumbline.paths import STARTER
 
     path = STARTER / "preferences.jsonl"
