@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from plumbline.align.runtime.launch import pick_dtype, replacing
 from plumbline.policy_models.attention import default_attention
 from plumbline.policy_models.compression.quantise import quantise as quantise_model
-from plumbline.policy_models.loading import load_policy, load_scalar_model
+from plumbline.policy_models.loading import attach_adapter, load_policy, load_scalar_model
 
 
 @dataclass(kw_only=True)
@@ -130,7 +130,7 @@ def _load_dense(source: str, dtype: torch.dtype) -> PreTrainedModel:
         adapter = LoraConfig.from_pretrained(str(folder))
         base = load_policy(str(adapter.base_model_name_or_path), dtype=torch.float32)
         # merged in fp32 and rounded once: bf16 weights would swallow small updates one by one
-        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        merged = attach_adapter(base, folder).merge_and_unload()
         return cast_parameters(merged, dtype)
     return load_policy(source, dtype=dtype, attn_implementation=default_attention())
 
@@ -155,7 +155,7 @@ def save_merged(trainer: Any, settings: ModelSettings, run: Path, tokenizer: Any
                 model.save_pretrained(folder)
             load = load_scalar_model if scalar else load_start
             base = load(settings.model, dtype=torch.float32)
-            model = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
+            model = attach_adapter(base, run / "adapter").merge_and_unload()
         with replacing(run / "model") as folder:
             cast_parameters(model, pick_dtype(settings.dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
