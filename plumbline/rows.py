@@ -121,7 +121,7 @@ def hub_rows(source: str, split: str, *, streaming: bool = False) -> Iterator[tu
     try:
         rows = load_dataset(named["name"], split=split, revision=named["revision"], streaming=streaming)
         for number, row in enumerate(rows, start=1):
-            yield _checked(f"{source}:{number}", row)
+            yield f"{source}:{number}", _checked(f"{source}:{number}", row)
     except ValueError as error:
         if str(error).startswith(f"{source}:"):
             raise
@@ -143,7 +143,7 @@ def _saved_rows(folder: Path, split: str) -> Iterator[tuple[str, Row]]:
             raise ValueError(f"{folder}: no split {split!r} among {', '.join(map(str, saved))}; name {folder}/<split>")
         saved = saved[split]
     for number, row in enumerate(saved, start=1):
-        yield _checked(f"{folder}:{number}", row)
+        yield f"{folder}:{number}", _checked(f"{folder}:{number}", row)
 
 
 def file_rows(file: str | Path) -> Iterator[tuple[str, Row]]:

@@ -207,7 +207,12 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
             )
             pad = tokenizer.eos_token
         else:
-            logger.warning("%s: padding with %r instead of %r, the end token", source, pad, tokenizer.pad_token)
+            why = (
+                "no pad token is set"
+                if tokenizer.pad_token is None
+                else f"not with {tokenizer.pad_token!r}, the end token"
+            )
+            logger.warning("%s: padding with %r; %s", source, pad, why)
         tokenizer.pad_token = pad
     return tokenizer
 

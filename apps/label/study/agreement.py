@@ -134,8 +134,8 @@ def annotator_accuracy(
     """How often each annotator picks the answer that is better, with nobody told which is (Dawid & Skene 1979, one coin).
 
     choice_AU: 1 where the first answer was preferred, 0 for the second, NaN for no label or no preference. Returns an
-    interval an annotator (bootstrap over items; NaN for one without labels) and the posterior (U,) that the first answer is the better one. The
-    labels fix accuracies up to "everybody is wrong"; the solution in which most are right is taken.
+    interval an annotator (bootstrap over items; NaN for one without labels) and the posterior (U,) that the first answer
+    is the better one. The labels fix accuracies up to "everybody is wrong"; the solution in which most are right is taken.
     """
     accuracy_A, posterior_U = _one_coin(choice_AU)
     rng = np.random.default_rng(seed)
