@@ -39,12 +39,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumbline.align.data.rows import last_user_text, read_prompts, read_rows, read_text
+from plumbline.align.data.rows import read_prompts, read_rows
 from plumbline.align.rl.rollouts import pad_answers
 from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.eval.grading.text_checks import repetition
 from plumbline.eval.samples import KINDS
+from plumbline.messages import last_user_text, read_answer, read_prompt
 from plumbline.paths import STARTER, resolve_path
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import default_device
@@ -154,15 +155,15 @@ def read_kinds(paths: Sequence[Path]) -> list[Prompt]:
     place_of: dict[str, str] = {}
     for path in paths:
         for place, row in read_rows(path):
-            text = last_user_text(read_text(place, row, ("prompt",), "user"))
+            text = last_user_text(read_prompt(place, row)[0])
             kind = row.get("kind")
             if kind not in KINDS:
                 raise ValueError(f"{place}: kind={kind!r} must be one of {', '.join(KINDS)}")
             decline, complied = "", ""
             if kind == "harmful" and ("answer" in row or "chosen" in row):
-                decline = read_text(place, row, ("answer", "chosen"), "assistant")[-1]["content"].strip()
+                decline = read_answer(place, row, ("answer", "chosen"))
             if kind == "harmful" and "rejected" in row:
-                complied = read_text(place, row, ("rejected",), "assistant")[-1]["content"].strip()
+                complied = read_answer(place, row, ("rejected",))
             old = found.get(text)
             if old and (old.kind == "harmful") != (kind == "harmful"):
                 raise ValueError(f"{place}: {text[:60]!r} is {kind} here and {old.kind} in {place_of[text]}; mend one")
@@ -175,8 +176,8 @@ def read_own_answers(path: Path) -> dict[str, str]:
     """Answers by prompt, as an earlier run left them."""
     answers = {}
     for place, row in read_rows(path):
-        prompt = last_user_text(read_text(place, row, ("prompt",), "user"))
-        answers[prompt] = read_text(place, row, ("answer",), "assistant")[-1]["content"].strip()
+        prompt = last_user_text(read_prompt(place, row)[0])
+        answers[prompt] = read_answer(place, row, ("answer",))
     return answers
 
 

@@ -99,7 +99,7 @@ def discrimination(rows: Sequence[Row], **options: int) -> dict[str, Any]:
     if not both:
         return {"mean": None, "low": None, "high": None, "n": 0}
     gaps = [float(np.mean(pair["harmful"]) - np.mean(pair["twin"])) for pair in both]
-    return _plain(bootstrap_mean(gaps, **options), len(gaps))
+    return _plain(bootstrap_mean(gaps, None, **options), len(gaps))
 
 
 def _behaviour(rows: Sequence[Row], **options: int) -> dict[str, Any]:

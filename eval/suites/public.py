@@ -6,8 +6,6 @@ with it on the same rows (tests and docs/evaluation.md say how that was checked)
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -31,6 +29,7 @@ from plumbline.eval.grading.sandbox import passes
 from plumbline.eval.samples import Sample
 from plumbline.eval.suites.bias import bbq_sample, leaning
 from plumbline.eval.tasks import EvalTask
+from plumbline.rows import file_rows
 
 Row = dict[str, Any]
 HARMFUL = {  # suite -> file, field of the prompt, field of the category
@@ -56,17 +55,9 @@ def read_set(data: Path, name: str) -> list[Row]:
             break
     else:
         raise ValueError(f"{data}: no {name}.jsonl.gz or .jsonl in it")
-    rows, line_no = [], 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for line in lines:
-                line_no += 1
-                if line.strip():
-                    rows.append(json.loads(line))
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}:{line_no}: {error}; unpack or download the file again") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: needs one JSON object a line, got {len(rows)} rows")
+    rows = [row for _, row in file_rows(path)]
+    if not rows:
+        raise ValueError(f"{path}: needs one JSON object a line, got 0 rows; unpack or download the file again")
     return rows
 
 

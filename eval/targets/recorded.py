@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from plumbline.eval.tasks import Prompt, Reply, digest
+from plumbline.messages import ANSWERS, read_example
+from plumbline.rows import Row, file_rows
 
 
 class TranscriptTarget:
@@ -16,18 +18,22 @@ class TranscriptTarget:
 
     def __init__(self, name: str, path: str | Path) -> None:
         self.name, self.path = name, Path(path)
-        self._answers: dict[str, str] = {}
-        for line_no, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), start=1):
-            if line.strip():
-                asked, answer = _recorded(line, f"{self.path}:{line_no}")
-                self._answers.setdefault(asked, answer)
+        self._answers: dict[str, str | None] = {}
+        for place, row in file_rows(self.path):
+            asked, answer = _recorded(row, place)
+            self._answers.setdefault(asked, answer)
         if not self._answers:
             raise ValueError(f"{self.path}: no transcripts; needs one JSON object a line with prompt and answer")
         self.fingerprint = digest("transcripts", sorted(self._answers.items()))
 
     def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
-        found = [self._answers.get(_asked(prompt)) for prompt in prompts]
-        return [Reply(error="not among the transcripts") if text is None else Reply(answers=(text,)) for text in found]
+        return [self._reply(_asked(prompt)) for prompt in prompts]
+
+    def _reply(self, asked: str) -> Reply:
+        if asked not in self._answers:
+            return Reply(error="not among the transcripts")
+        text = self._answers[asked]
+        return Reply(error="the recorded answer is null, or calls tools") if text is None else Reply(answers=(text,))
 
     def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         raise NotImplementedError
@@ -36,17 +42,24 @@ class TranscriptTarget:
         pass
 
 
-def _recorded(line: str, where: str) -> tuple[str, str]:
+def _recorded(row: Row, place: str) -> tuple[str, str | None]:
+    """(what was asked, the answer) of a row in any form of `plumbline.messages`; None for null, and for a call of tools."""
+    null = False
+    for name in ANSWERS:
+        if name in row and row[name] is None:
+            row, null = row | {name: ""}, True
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
+        last = messages[-1]
+        if last.get("content") is None:
+            row, null = row | {"messages": [*messages[:-1], last | {"content": ""}]}, True
     try:
-        row = json.loads(line)
-        if "messages" in row:
-            *asked, answer = row["messages"]
-            return _asked(asked), str(answer["content"])
-        if not (isinstance(row["prompt"], str) and isinstance(row["answer"], str)):
-            raise ValueError("prompt and answer must be text")
-        return row["prompt"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: not a transcript ({error}); needs prompt and answer, or messages") from None
+        found = read_example(place, row, empty_answers=True)
+    except ValueError as error:
+        fault = str(error).removeprefix(f"{place}: ")
+        raise ValueError(f"{place}: not a transcript ({fault}); needs prompt and answer, or messages") from None
+    asked = _asked([{"role": m["role"], "content": m["content"]} for m in found.prompt])
+    return asked, None if null else found.answer[-1]["content"]
 
 
 def _asked(prompt: Prompt) -> str:
