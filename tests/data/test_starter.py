@@ -70,11 +70,8 @@ WITHIN_COSINE = 0.95
 STOCK = re.compile(r"(certainly|great question|of course!|absolutely|as an ai|sure[,!]|i'd be happy to)", re.IGNORECASE)
 # a sentence that opens so cannot stand without the one before it
 LEANING = re.compile(r"(but|so|and|because|or|though|it|they|he|she|that|this)\b", re.IGNORECASE)
-GOOD_ANSWERS = {
-    "sft": "answer",
-    "preferences": "chosen",
-    "declines": "answer",
-}  # file -> the field a model may learn from
+# file -> the field that holds an answer a model may learn from
+GOOD_ANSWERS = {"sft": "answer", "preferences": "chosen", "declines": "answer"}
 
 Row = dict[str, Any]
 
@@ -314,8 +311,8 @@ def summary() -> str:
     names = [*TRAINING, *HARMFUL_ONLY, "twins", "eval"]
     lines += ["", f"| hazard code | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for code, meaning in CODES.items():
-        counts = [Counter(row["kind"] for row in read(name) if row["category"] == code) for name in names]
-        cells = [f"{count['harmful']} + {count['twin']}" for count in counts]
+        tallies = [Counter(row["kind"] for row in read(name) if row["category"] == code) for name in names]
+        cells = [f"{tally['harmful']} + {tally['twin']}" for tally in tallies]
         lines.append(f"| {code}, {meaning} | {' | '.join(cells)} |")
     declined = {name: sum(row["kind"] == "harmful" for row in read(name)) for name in GOOD_ANSWERS}
     by_file = ", ".join(f"{count} {name}" for name, count in declined.items())
