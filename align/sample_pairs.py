@@ -97,7 +97,7 @@ def sample_pairs(
     for source in (settings.model, settings.reward_model if settings.preference_weight else None):
         if source:
             resolve_model_source(source)
-    state = PartialState()
+    state = PartialState(cpu=default_device().type == "cpu")  # once: later calls share what this one found
     lock = claim_run(settings.output_dir)
     run = open_run(settings.output_dir, settings) if state.is_main_process else Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.model)
@@ -110,15 +110,15 @@ def sample_pairs(
     model: Any = load_start(settings.model, dtype=pick_dtype(settings.dtype))
     model.to(default_device())
     reward = reward or build_reward(settings)
-    declined = declined or load_refusal_head().probability
+    declined = declined or load_refusal_head().at_once
     asking = _Asking(model, tokenizer, settings, reward, declined)
 
     rows = [row for row in mine for _ in range(settings.answers_per_prompt)]
-    answers, drawn = asking.answers([ids[row] for row in rows], [prompts[row] for row in rows], draw=0)
+    answers, finished, drawn = asking.answers([ids[row] for row in rows], [prompts[row] for row in rows], draw=0)
     everyone: list[Any] = gather_object([drawn]) if state.num_processes > 1 else [drawn]
     raw = {name: [score for part in everyone for score in part[name]] for name in drawn}
     scaling = reward.fit_raw(raw)
-    totals = reward.combine(drawn).total
+    totals = asking.totals(drawn, finished)
     asked = [last_user_text(prompts[row]) for row in rows]
     likely = declined(asked, answers) if rows else []
     of_prompt: dict[int, list[Candidate]] = {row: [] for row in mine}
@@ -166,8 +166,8 @@ class _Asking:
 
     def answers(
         self, ids: Sequence[list[int]], asked: Sequence[Messages], *, draw: int, guide: Openings | None = None
-    ) -> tuple[list[str], dict[str, list[float | None]]]:
-        """(texts, raw scores by part). `draw` tells the random numbers of one call from those of another."""
+    ) -> tuple[list[str], list[bool], dict[str, list[float | None]]]:
+        """(texts, whether each ended by itself, raw scores by part). `draw` tells the random numbers of one call from those of another."""
         s = self.settings
         seed = s.seed + 100_003 * PartialState().process_index + 1_009 * draw
         found = generate(
@@ -181,7 +181,15 @@ class _Asking:
             processors=[guide] if guide else [],
         )
         texts = self.tokenizer.batch_decode([a.ids for a in found], skip_special_tokens=True)
-        return texts, self.reward.raw(list(asked), texts)
+        return texts, [a.finished for a in found], self.reward.raw(list(asked), texts)
+
+    def totals(self, raw: dict[str, list[float | None]], finished: Sequence[bool]) -> list[float | None]:
+        """Rewards, with PPO's charge for an answer that did not end."""
+        charge = self.settings.missing_eos_penalty
+        return [
+            None if total is None else total - charge * (not ended)
+            for total, ended in zip(self.reward.combine(raw).total, finished, strict=True)
+        ]
 
     def make_missing(
         self,
@@ -202,11 +210,11 @@ class _Asking:
             begin={at: tokens for at, (_, decline) in enumerate(wanted) if decline},
             avoid={at: tokens[:1] for at, (_, decline) in enumerate(wanted) if not decline},
         )
-        texts, raw = self.answers(
+        texts, finished, raw = self.answers(
             [ids[row] for row, _ in wanted], [prompts[row] for row, _ in wanted], draw=1, guide=guide
         )
         asked = [last_user_text(prompts[row]) for row, _ in wanted]
-        totals = self.reward.combine(raw).total
+        totals = self.totals(raw, finished)
         for (row, decline), text, p, total in zip(wanted, texts, self.declined(asked, texts), totals, strict=True):
             if (p > 0.5) == decline:
                 of_prompt[row].append(Candidate(text=text, declines=decline, total=total, made=True))

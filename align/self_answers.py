@@ -57,7 +57,8 @@ from plumbline.safety.verifier.refusal import load_refusal_head
 STARTER_FILES = "sft preferences prompts harm_twins twins declines harmless".split()
 Declines = Callable[[Sequence[str], Sequence[str]], Sequence[float]]  # P(the answer declines), one a row
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+|\n+")
-OPENING_TOKENS = 24  # of an answer from which an opening is taken: one sentence
+HARMFUL_TOKENS, HARMFUL_TEMPERATURE = 32, 0.7  # of answers to harmful prompts: how they begin is what counts
+SURE = 0.8  # mean probability from which a sentence is a decline whatever was asked
 OPENINGS_SCORED = 6  # most frequent ones
 SCORED_ON = 16  # prompts
 
@@ -95,7 +96,12 @@ class SelfAnswerSettings:
     min_words: int = field(default=4, metadata={"help": "shorter own answers are left out"})
     rank: bool = field(default=True, metadata={"help": "keep the best by the composite reward; false: the first"})
     opening: str | None = field(default=None, metadata={"help": "first words of declines; none: the model's own"})
-    opening_prompts: int = field(default=64, metadata={"help": "harmful prompts from which the opening is learned"})
+    harmful_answers: int = field(
+        default=160,
+        metadata={
+            "help": "harmful prompts that the model is asked: its declines offer the opening, the rest are rejected in pairs"
+        },
+    )
     decline_words: int = field(default=32, metadata={"help": "words of a decline at most, whole sentences"})
     rows: int | None = field(default=None, metadata={"help": "rows of the set; none: each prompt once"})
     harmful_share: float = field(default=0.4, metadata={"help": "of the rows, where rows is set"})
@@ -108,14 +114,14 @@ class SelfAnswerSettings:
     seed: int = field(default=0, metadata={"help": "of draws and order"})
 
     def __post_init__(self) -> None:
-        at_least_one = "answers_per_prompt max_new_tokens max_prompt_tokens opening_prompts decline_words max_pairs"
+        at_least_one = "answers_per_prompt max_new_tokens max_prompt_tokens decline_words max_pairs"
         for name in at_least_one.split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        for name in ("rows", "new_prompts"):
+        for name in ("rows", "new_prompts", "harmful_answers"):
             least = 1 if name == "rows" else 0
             if (value := getattr(self, name)) is not None and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}, or left out")
+                raise ValueError(f"{name}={value}: must be at least {least}")
         for name in ("harmful_share", "twin_share", "max_repetition"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
@@ -125,6 +131,8 @@ class SelfAnswerSettings:
             )
         if not self.temperature >= 0:
             raise ValueError(f"temperature={self.temperature}: must be at least 0")
+        if self.opening is None and not self.harmful_answers:
+            raise ValueError("harmful_answers=0 and no opening: nothing to take the opening from; give one of the two")
         if self.opening is not None and not self.opening.strip():
             raise ValueError("opening is empty: give words, or leave it out to find the model's own")
         if not self.prompts_files.strip():
@@ -193,41 +201,36 @@ def find_opening(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    answers: Sequence[str],
     *,
     declined: Declines,
-    seed: int,
 ) -> list[tuple[str, int, float]]:
     """The model's own ways to decline, best first: (sentence, answers that opened with it, mean log-probability in nats).
 
-    Drawn at temperature 1, since a model that rarely declines does so rarely at any lower one. Scored are the most frequent
-    sentences, each after the same prompts.
+    `answers` are the model's to harmful `prompts`. A first sentence is a candidate when it is called a decline after its own
+    prompt and, on average, after others: what declines is then the sentence and not the pair. The most frequent candidates
+    are scored, each after the same prompts.
 
     Raises:
-        ValueError: when no answer to any prompt declines; the model has no such words, so `opening` must be given.
+        ValueError: when there is no candidate; the model has no such words, so `opening` must be given.
     """
-    ids = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in prompts])
-    _, answers = sample_answers(
-        model,
-        tokenizer,
-        ids,
-        max_new_tokens=OPENING_TOKENS,
-        temperature=1.0,
-        generator=torch.Generator(model.device).manual_seed(seed),
-    )
     firsts = [(sentences(answer) or [""])[0] for answer in answers]
     likely = declined(list(prompts), firsts)
     counts = Counter(first for first, p in zip(firsts, likely, strict=True) if p > 0.5 and first[-1] in ".!")
-    if not counts:
+    others = list(prompts[:SCORED_ON])
+    candidates = [
+        text
+        for text in sorted(counts, key=lambda text: (-counts[text], text))[: 2 * OPENINGS_SCORED]
+        if sum(declined(others, [text] * len(others))) > SURE * len(others)
+    ][:OPENINGS_SCORED]
+    if not candidates:
         raise ValueError(
-            f"none of {len(prompts)} answers to harmful prompts declines: the model has no words of its own for it; "
-            "set opening, or raise opening_prompts"
+            f"none of {len(prompts)} answers to harmful prompts opens with a decline: the model has no words of its own for "
+            "it; set opening, or raise harmful_answers"
         )
-    candidates = sorted(counts, key=lambda text: (-counts[text], text))[:OPENINGS_SCORED]
-    scored = [
-        (text, counts[text], score)
-        for text, score in zip(candidates, mean_logp(model, tokenizer, ids[:SCORED_ON], candidates), strict=True)
-    ]
-    return sorted(scored, key=lambda row: -row[2])
+    ids = encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in others])
+    scores = mean_logp(model, tokenizer, ids, candidates)
+    return sorted(zip(candidates, (counts[text] for text in candidates), scores, strict=True), key=lambda row: -row[2])
 
 
 @torch.inference_mode()
@@ -391,20 +394,35 @@ def self_answers(
     order = random.Random(settings.seed)
     fresh = [prompt for prompt in harmless if prompt.text not in known and prompt.text not in skipped]
     fresh = order.sample(fresh, min(len(fresh), len(fresh) if settings.new_prompts is None else settings.new_prompts))
-    declined = declined or load_refusal_head().probability
+    declined = declined or load_refusal_head().at_once
     report: dict[str, Any] = {"opening": settings.opening, "openings": [], "left_out": {}}
 
     model: Any = None
-    if fresh or (harmful and settings.opening is None):
+    if fresh or (harmful and (settings.opening is None or settings.harmful_answers)):
         model = load_for_answers(settings.model, dtype=pick_dtype(settings.dtype))
         model.to(default_device())
-    if harmful and settings.opening is None:
-        asked = order.sample([prompt.text for prompt in harmful], min(len(harmful), settings.opening_prompts))
-        rivals = find_opening(model, tokenizer, asked, declined=declined, seed=settings.seed)
-        report |= {
-            "opening": rivals[0][0],
-            "openings": [{"text": text, "answers": count, "logp": round(logp, 2)} for text, count, logp in rivals],
+    complied = {prompt.text: prompt.complied for prompt in harmful if prompt.complied}
+    if harmful and settings.harmful_answers:
+        asked = order.sample([prompt.text for prompt in harmful], min(len(harmful), settings.harmful_answers))
+        _, said = sample_answers(
+            model,
+            tokenizer,
+            encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in asked]),
+            max_new_tokens=HARMFUL_TOKENS,
+            temperature=HARMFUL_TEMPERATURE,
+            generator=torch.Generator(model.device).manual_seed(settings.seed + 1),
+        )
+        complied |= {
+            text: answer.strip()
+            for text, answer, p in zip(asked, said, declined(asked, said), strict=True)
+            if p < 0.5 and len(answer.split()) >= settings.min_words
         }
+        if settings.opening is None:
+            rivals = find_opening(model, tokenizer, asked, said, declined=declined)
+            report |= {
+                "opening": rivals[0][0],
+                "openings": [{"text": text, "answers": count, "logp": round(logp, 2)} for text, count, logp in rivals],
+            }
     own = dict(known)
     if fresh:
         if settings.rank and settings.answers_per_prompt > 1:
@@ -423,7 +441,7 @@ def self_answers(
     for prompt in harmless:
         if prompt.text in own:
             rows[prompt.kind].append({"prompt": prompt.text, "answer": own[prompt.text], "kind": prompt.kind})
-    pairs = pairs_of(rows, {prompt.text: prompt.complied for prompt in harmful if prompt.complied}, settings)
+    pairs = pairs_of(rows, complied, settings)
     kept = {kind: [row for row in of if row["prompt"] not in skipped] for kind, of in rows.items()}
     mixed = mix(kept, settings)
     if not mixed:

@@ -143,7 +143,7 @@ def declined_harm(harm: HarmOfPrompts | None = None) -> Callable[[Sequence[str],
 
     def declined(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         harmful = (harm or load_harm_scanner()).risk(prompts)
-        declines = load_refusal_head().probability(prompts, answers)
+        declines = load_refusal_head().at_once(prompts, answers)
         return [h * r for h, r in zip(harmful, declines, strict=True)]
 
     return declined

@@ -9,6 +9,7 @@ from plumbline.align.data.rows import read_preferences, read_sft
 from plumbline.align.self_answers import (
     Prompt,
     SelfAnswerSettings,
+    find_opening,
     main,
     mean_logp,
     mix,
@@ -100,6 +101,26 @@ def test_scores_of_openings_are_log_probabilities():
     assert got == pytest.approx(sum(slow) / 2, abs=1e-4)
 
 
+def test_the_opening_declines_whatever_was_asked_and_is_the_likeliest():
+    model, tokenizer = load_for_answers("bundled:tiny-moe", dtype=torch.float32), load_tokenizer("bundled:tiny-moe")
+
+    def head(prompts, answers):  # "Rain won't" is called a decline after one prompt alone
+        return [
+            float("I won't" in a or ("Rain won't" in a and "rain" in p)) for p, a in zip(prompts, answers, strict=True)
+        ]
+
+    prompts = ["Make rain", "Hurt her", "Rob it", "Burn it"]
+    answers = ["Rain won't do. Sorry.", "I won't. No.", "I won't. Never.", "I won't help you with any of that. No."]
+    found = find_opening(model, tokenizer, prompts, answers, declined=head)
+    assert [text for text, _, _ in found] == [
+        "I won't.",
+        "I won't help you with any of that.",
+    ]  # the shorter is likelier
+    assert found[0][1] == 2
+    with pytest.raises(ValueError, match="none of 4 answers to harmful prompts opens with a decline"):
+        find_opening(model, tokenizer, prompts, ["Sure."] * 4, declined=head)
+
+
 @pytest.mark.parametrize(
     "rows, message",
     [
@@ -123,6 +144,7 @@ def test_bad_rows_are_named_before_a_model_loads(tmp_path, rows, message):
         ({"rows": 0}, "rows=0: must be at least 1"),
         ({"new_prompts": -1}, "new_prompts=-1: must be at least 0"),
         ({"opening": " "}, "opening is empty"),
+        ({"harmful_answers": 0}, "harmful_answers=0 and no opening"),
         ({"max_repetition": float("nan")}, "max_repetition=nan: must be between 0 and 1"),
         ({"answers_per_prompt": 0}, "answers_per_prompt=0: must be at least 1"),
     ],

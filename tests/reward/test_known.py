@@ -13,7 +13,7 @@ class Guess:
 
 
 class Declines:
-    def probability(self, prompts, answers):
+    def at_once(self, prompts, answers):
         return [float(answer.startswith("No")) for answer in answers]
 
 

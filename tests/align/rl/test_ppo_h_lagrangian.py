@@ -163,7 +163,7 @@ def test_H7_the_constraint_brings_the_cost_down(settings, share, read_metrics):
     assert late < early
 
 
-def test_H4_pid_by_hand_and_across_a_checkpoint():
+def test_H6_pid_by_hand_and_across_a_checkpoint():
     multiplier = Lagrangian(1.0, limit=0.2, lr=0.5, control="pid", gain=2.0, damping=1.0, maximum=4.0)
     multiplier.update(0.4, unit=0.1)  # e = 2: integral 2, no rise known yet
     assert multiplier.value == pytest.approx(4.0)  # 2 * 2 + 2, held
@@ -186,6 +186,6 @@ def test_H4_pid_by_hand_and_across_a_checkpoint():
         ({"damping": float("nan")}, "multiplier_damping=nan: must be at least 0"),
     ],
 )
-def test_H4_refuses_what_it_cannot_use(options, message):
+def test_H6_refuses_what_it_cannot_use(options, message):
     with pytest.raises(ValueError, match=message):
         Lagrangian(1.0, limit=0.0, **options)
