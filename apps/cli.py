@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from plumbline.extensions import added
+
 # name -> (module, what it does); a module is imported only when its command is asked for
 COMMANDS = {
     "demo": (
@@ -67,9 +69,13 @@ COMMANDS = {
 
 
 def usage() -> str:
-    """The list of commands."""
-    width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    """The list of commands, with those that other packages add."""
+    others = {
+        name: f"from {e.dist.name if e.dist else e.value}" for name, e in added("plumbline.commands", COMMANDS).items()
+    }
+    listed = {name: what for name, (_, what) in COMMANDS.items()} | others
+    width = max(len(name) for name in listed)
+    lines = [f"  {name:<{width}}  {what}" for name, what in listed.items()]
     return "\n".join(["usage: plumbline COMMAND [settings]", "", *lines])
 
 
@@ -93,10 +99,13 @@ def _run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
-    if argv[0] not in COMMANDS:
+    if argv[0] in COMMANDS:
+        command = importlib.import_module(COMMANDS[argv[0]][0])
+    elif (entry := added("plumbline.commands", COMMANDS).get(argv[0])) is not None:
+        command = entry.load()
+    else:
         print(f"plumbline: no command {argv[0]!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    command = importlib.import_module(COMMANDS[argv[0]][0])
     return command.main(argv[1:]) or 0
 
 

@@ -1,9 +1,10 @@
-"""The scanners that a policy file can name under `use`."""
+"""The scanners that a policy file can name under `use`: ours, and those of other packages (plumbline/extensions.py)."""
 
 from __future__ import annotations
 
 import importlib
 
+from plumbline.extensions import added
 from plumbline.safety.findings import Scanner
 from plumbline.safety.policy import ScannerSettings
 
@@ -26,13 +27,21 @@ KINDS = {  # use -> (module, class); a module is imported when a policy asks for
 
 def build_scanner(entry: ScannerSettings) -> Scanner:
     """The scanner of one entry of a policy; ValueError names the kind or the setting that is wrong."""
-    if entry.use not in KINDS:
-        raise ValueError(f"scanner {entry.name!r}: no kind {entry.use!r}; known are {', '.join(sorted(KINDS))}")
-    module, kind = KINDS[entry.use]
-    make = getattr(importlib.import_module(module), kind)
+    make = _class_of(entry)
     try:
         return make(name=entry.name, **entry.settings)
     except TypeError as error:
         raise ValueError(
-            f"scanner {entry.name!r}: settings {dict(entry.settings)} do not fit {kind}: {error}"
+            f"scanner {entry.name!r}: settings {dict(entry.settings)} do not fit {make.__name__}: {error}"
         ) from None
+
+
+def _class_of(entry: ScannerSettings) -> type[Scanner]:
+    if entry.use in KINDS:
+        module, kind = KINDS[entry.use]
+        return getattr(importlib.import_module(module), kind)
+    others = added("plumbline.scanners", KINDS)
+    if entry.use not in others:
+        known = ", ".join(sorted([*KINDS, *others]))
+        raise ValueError(f"scanner {entry.name!r}: no kind {entry.use!r}; known are {known}")
+    return others[entry.use].load()

@@ -21,7 +21,7 @@ from plumbline.eval.grading.chat_judge import ChatJudge, with_judge
 from plumbline.eval.pages.suite_page import write_report
 from plumbline.eval.runner import ReplyStore, grade_all, run_suites
 from plumbline.eval.stats.suite_rates import figures
-from plumbline.eval.suites import SUITES, load_suites
+from plumbline.eval.suites import known_suites, load_suites
 from plumbline.eval.suites.public import LOADERS
 from plumbline.eval.targets.targets import EndpointTarget, Target, open_target
 from plumbline.policy_models.devices import default_device
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def suite_list() -> str:
     """Suites that ship, with what they ask, and those that read public data."""
     lines = ["ship with the repository:"]
-    for name, load in SUITES.items():
+    for name, load in known_suites().items():
         task = load()
         lines.append(f"  {name:<20} {len(task.samples):>4} samples  {task.area:<10} {task.about}")
     lines += ["", "with --data DIR, where DIR holds the file:"]

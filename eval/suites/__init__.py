@@ -18,6 +18,7 @@ from plumbline.eval.suites import (
     truth,
 )
 from plumbline.eval.tasks import EvalTask
+from plumbline.extensions import added
 
 # name -> a function that reads the samples; each file says what its suites ask
 SUITES: dict[str, Callable[[], EvalTask]] = {
@@ -36,13 +37,19 @@ SUITES: dict[str, Callable[[], EvalTask]] = {
 }  # fmt: skip
 
 
+def known_suites(data: Path | None = None) -> dict[str, Callable[[], EvalTask]]:
+    """All suites there are: ours, those of other packages (plumbline/extensions.py), and the public ones found in `data`."""
+    others = {name: entry.load() for name, entry in added("plumbline.suites", SUITES).items()}
+    return SUITES | others | (public.found_in(data) if data else {})
+
+
 def load_suites(names: Sequence[str], *, data: Path | None = None, limit: int | None = None) -> list[EvalTask]:
     """The suites named, with those they need beside them; "all" is every one that can be had.
 
     data: a folder laid out as <set>/<file>.jsonl.gz, which adds the public sets found in it.
     Raises ValueError for a name that does not exist, with what there is.
     """
-    known = SUITES | (public.found_in(data) if data else {})
+    known = known_suites(data)
     wanted = list(dict.fromkeys(known if "all" in names else names))
     for name in wanted:
         if name not in known:
