@@ -68,7 +68,9 @@ def tables() -> str:
     ppo: set[tuple[str, str, str]] = set()
     for command, (module, name, trl) in COMMANDS.items():
         settings = getattr(importlib.import_module(module), name)
-        without = (shared if issubclass(settings, ModelSettings) else set()) | (ppo if command == "sample-pairs" else set())
+        without = (shared if issubclass(settings, ModelSettings) else set()) | (
+            ppo if command == "sample-pairs" else set()
+        )
         if command == "ppo":
             ppo = set(rows(settings))
         more = f"\n\nBesides these it takes every setting of TRL's `{trl}`." if trl else ""
