@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo debug label test test-transformers check bench-gpu bench-peers clean
+.PHONY: help install demo debug label test test-transformers types check bench-gpu bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -42,9 +42,15 @@ test: .venv/.dev ## all tests
 test-transformers: .venv/.dev ## transformers' own common model tests on the policy model, about four minutes
 	$(BIN)/python tests/transformers_suite/run.py
 
+# The packages lie at the top of the repository; mypy and editors find them as plumbline.* through these links.
+types: ## links under .make/types for mypy and editors
+	@mkdir -p .make/types/plumbline
+	@for one in align apps eval policy_models reward safety plumbline/*.py; do ln -sfn ../../../$$one .make/types/plumbline/; done
+
 check: .venv/.dev ## ruff, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory types
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 

@@ -20,8 +20,8 @@ from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from plumbline.align.data.rows import read_preferences, split_pairs
-from plumbline.align.models.actors import ModelSettings, load_start
 from plumbline.align.models.answer_head import score_answers_only
+from plumbline.align.models.start import ModelSettings, load_start
 from plumbline.align.runtime.launch import open_run, parse_settings, trainer_defaults
 from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
 from plumbline.paths import STARTER, resolve_path

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from plumbline.align.data.rows import Messages
-from plumbline.align.models.actors import Actors, load_start
+from plumbline.align.models.actors import Actors
+from plumbline.align.models.start import load_start
 from plumbline.align.parallel.gradient_compression import PowerSGD
 from plumbline.align.parallel.sharding import asks_for_shards, mesh_of, whole
 from plumbline.align.rl.evaluation import evaluate, fit_scaling

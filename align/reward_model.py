@@ -30,7 +30,7 @@ from trl import RewardConfig
 from plumbline.align.data.formats import cost_pairs, read_training_pairs
 from plumbline.align.data.mixture import DomainMixture
 from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
-from plumbline.align.models.actors import ModelSettings, save_merged
+from plumbline.align.models.start import ModelSettings, save_merged
 from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype, trainer_defaults
 from plumbline.align.runtime.pair_trainer import PairTrainer
 from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from plumbline.align.data.rows import Messages, last_user_text, read_prompts
-from plumbline.align.models.actors import load_start
+from plumbline.align.models.start import load_start
 from plumbline.align.rl.inputs import build_reward
 from plumbline.align.rl.rollouts import drop_long_prompts
 from plumbline.align.rl.settings import PPOSettings

@@ -21,7 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from plumbline.eval.samples import Sample
-from plumbline.eval.targets.targets import GuardedTarget, Target
+from plumbline.eval.targets.guarded import GuardedTarget
+from plumbline.eval.targets.target import Target
 from plumbline.eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
 CHUNK = 64  # samples asked at once, at most; part of the hash, since an answer's last bits may depend on its batch

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from plumbline.align.models.actors import ModelSettings
+from plumbline.align.models.start import ModelSettings
 from plumbline.align.rl.advantages import ESTIMATORS as ADVANTAGES
 from plumbline.align.rl.kl_control import ESTIMATORS, KLController
 from plumbline.align.rl.lagrangian import Lagrangian

@@ -29,7 +29,7 @@ from plumbline.eval.grading.chat_judge import ChatJudge
 from plumbline.eval.grading.graders import RULES
 from plumbline.eval.grading.refusal_judge import declined, got_nothing
 from plumbline.eval.stats.suite_rates import JUDGES
-from plumbline.eval.targets.targets import open_target
+from plumbline.eval.targets.specs import open_target
 
 COLUMNS: list[set[str]] = [  # of the sets that are recognised
     {"prompt", "completion", "final_label"},

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from plumbline.eval.runner import ReplyStore
 from plumbline.eval.samples import Sample
-from plumbline.eval.targets.targets import Target
+from plumbline.eval.targets.target import Target
 from plumbline.eval.tasks import EvalTask, Messages, Reply, Score, Scorer, digest
 
 RUBRICS = {

@@ -24,7 +24,7 @@ from plumbline.eval.runner import ReplyStore, run_suites
 from plumbline.eval.suites import load_suites
 from plumbline.eval.suites.public import GSM8K_SHOTS, _value, read_set
 from plumbline.eval.targets.model_target import ModelTarget
-from plumbline.eval.targets.targets import open_target
+from plumbline.eval.targets.specs import open_target
 from plumbline.policy_models.loading import resolve_model_source
 
 # suite -> lm-eval's task files, our figure -> theirs

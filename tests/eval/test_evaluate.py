@@ -23,7 +23,8 @@ from plumbline.eval.samples import Sample
 from plumbline.eval.stats.suite_rates import figures, reliability
 from plumbline.eval.suites import load_suites
 from plumbline.eval.suites.starter import starter_samples
-from plumbline.eval.targets.targets import CallableTarget, GuardedTarget
+from plumbline.eval.targets.function import CallableTarget
+from plumbline.eval.targets.guarded import GuardedTarget
 from plumbline.eval.tasks import EvalTask, Graded, Reply, Score, Scorer, grade
 from plumbline.safety.pipeline import Guard
 

@@ -15,14 +15,12 @@ from plumbline.eval.grading.graders import each, refused
 from plumbline.eval.runner import CHUNK, ReplyStore, ask, run_suites
 from plumbline.eval.samples import Sample
 from plumbline.eval.suites import SUITES, load_suites
-from plumbline.eval.targets.targets import (
-    CallableTarget,
-    EndpointTarget,
-    GuardedTarget,
-    ModelTarget,
-    TranscriptTarget,
-    open_target,
-)
+from plumbline.eval.targets.endpoint import EndpointTarget
+from plumbline.eval.targets.function import CallableTarget
+from plumbline.eval.targets.guarded import GuardedTarget
+from plumbline.eval.targets.model_target import ModelTarget
+from plumbline.eval.targets.recorded import TranscriptTarget
+from plumbline.eval.targets.specs import open_target
 from plumbline.eval.tasks import EvalTask, Reply, Scorer, grade
 
 
@@ -80,7 +78,7 @@ import sys, time
 sys.path.insert(0, {root!r})
 from tests_stub import task
 from plumbline.eval.runner import ReplyStore, run_suites
-from plumbline.eval.targets.targets import CallableTarget
+from plumbline.eval.targets.function import CallableTarget
 def slow(messages):
     time.sleep(0.02)
     return "said " + messages[-1]["content"]

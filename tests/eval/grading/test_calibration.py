@@ -12,7 +12,7 @@ from plumbline.eval.grading.calibration import Calibration, calibrate, corrected
 from plumbline.eval.grading.chat_judge import ChatJudge, read_verdict
 from plumbline.eval.runner import ReplyStore
 from plumbline.eval.stats.intervals import kappa
-from plumbline.eval.targets.targets import CallableTarget
+from plumbline.eval.targets.function import CallableTarget
 
 
 def judge(tp, fn, tn, fp, name="j"):
@@ -126,7 +126,7 @@ def test_a_judge_is_asked_once_and_its_failures_are_unscored(tmp_path):
 
 
 def test_a_local_judge_weighs_yes_and_no():
-    from plumbline.eval.targets.targets import open_target
+    from plumbline.eval.targets.specs import open_target
 
     (score,) = ChatJudge(open_target("bundled:tiny-llama")).verdicts(["p"], ["a"])
     assert score.value in (0, 1)
