@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from plumbline.align.models.actors import ModelSettings  # noqa: E402
+from plumbline.align.models.start import ModelSettings  # noqa: E402
 from plumbline.align.runtime.launch import trainer_defaults  # noqa: E402
 from plumbline.paths import HOME  # noqa: E402
 
