@@ -115,12 +115,16 @@ def processes() -> int:
 
 
 def run_on_all_cores(stage: ModuleType, config: Path, **flags: str | Path | int) -> None:
-    """Runs PPO by torchrun on `processes()`, or as any stage where that is one."""
+    """Runs PPO by torchrun on `processes()`, or as any stage where that is one.
+
+    As a module: launched by its file in an installed package, that package's folder would come first on `sys.path`, and
+    its `safety/` would hide a distribution of that name.
+    """
     if processes() == 1:
         run_stage(stage.main, "ppo", config, **flags)
         return
     argv = arguments(config, **flags)
-    command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), str(stage.__file__), *argv]
+    command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), "-m", stage.__name__, *argv]
     print(f"    OMP_NUM_THREADS=1 {' '.join(command)}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
