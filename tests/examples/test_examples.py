@@ -165,3 +165,36 @@ def test_examples_are_short_and_listed():
     for file in files:
         assert len(file.read_text(encoding="utf-8").splitlines()) < 60, file.name
         assert f"`{file.name}`" in listed or f"({file.name})" in listed, file.name
+
+
+# Notebooks
+
+
+NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_runs_from_the_top_and_holds_its_outputs(path, monkeypatch):
+    """Every code cell in order, in the notebook's folder; what it prints is what is stored, numbers aside."""
+    monkeypatch.chdir(path.parent)
+    outputs_of = runpy.run_path(str(path.parent / "render.py"))["outputs_of"]
+    cells = [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell, outputs in zip(cells, outputs_of(cells, path.name), strict=True):
+        assert texts(outputs) == texts(cell["outputs"]), f"python examples/notebooks/render.py {path.name}"
+    assert any(output for cell in cells for output in cell["outputs"])
+
+
+def texts(outputs: list[dict]) -> list[str]:
+    """Printed lines with digits blanked, and what kind of picture stands where."""
+    plain = ["".join(output.get("text", [])) + " ".join(sorted(output.get("data", {}))) for output in outputs]
+    return [re.sub(r"\d", "#", text) for text in plain]
+
+
+def test_a_notebook_keeps_what_a_cell_prints_and_its_last_value():
+    outputs_of = runpy.run_path(str(EXAMPLES / "notebooks" / "render.py"))["outputs_of"]
+    cells = [{"source": ["x = 2\n", "print('a')\n", "x + 1"]}, {"source": ["y = x"]}, {"source": ["print(y)"]}]
+    (first, second, third) = outputs_of(cells, "made up")
+    assert [output["output_type"] for output in first] == ["stream", "execute_result"]
+    assert first[0]["text"] == ["a\n"] and first[1]["data"] == {"text/plain": ["3"]}
+    assert second == [] and third[0]["text"] == ["2\n"]
