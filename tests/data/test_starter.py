@@ -28,6 +28,7 @@ FIELDS = {  # file -> (id prefix, fields in order); the first field after the id
     "prompts": ("prompt", ("id", "prompt", "kind", "category", "topic")),
     "harm_twins": ("harm", ("id", "prompt", "kind", "category")),
     "twins": ("twin", ("id", "prompt", "kind", "category", "recipe")),
+    "harmless": ("harmless", ("id", "prompt", "kind", "category", "topic")),
     "injection": ("inj", ("id", "text", "attack", "kind", "recipe")),
     "tone": ("tone", ("id", "text", "toxic")),
     "eval": ("eval", ("id", "prompt", "kind", "category", "pair", "topic")),
@@ -35,6 +36,7 @@ FIELDS = {  # file -> (id prefix, fields in order); the first field after the id
 }
 TRAINING = ("sft", "preferences", "prompts", "harm_twins")  # prompts that a model or a head may learn from
 HEADS_ONLY = ("twins", "injection")  # for the classifier heads, by two recipes each, so that one can be left out
+OWN_ANSWERS = ("harmless",)  # harmless prompts that the model in training answers in its own words
 MAY_BE_EMPTY = {"category", "pair"}
 KINDS = {"harmful", "twin", "ordinary"}
 CODES = {  # hazard codes of the safety policies; x_jbk: attempts to talk the assistant out of its rules
@@ -56,6 +58,7 @@ LEAST = {
     "prompts": 500,
     "harm_twins": 400,
     "twins": 380,
+    "harmless": 800,
     "injection": 240,
     "tone": 200,
     "eval": 240,
@@ -117,6 +120,16 @@ def test_rows_for_the_heads_come_by_two_recipes_and_twins_over_all_hazards() -> 
     assert set(by_recipe) == {(recipe, attack) for recipe in ("scene", "technique") for attack in (0, 1)}
     assert min(by_recipe.values()) >= 50
     assert all((row["kind"] == "twin") == (row["attack"] == 0) for row in read("injection"))
+
+
+def test_harmless_prompts_are_twins_over_all_hazards_and_ordinary_ones() -> None:
+    rows = read("harmless")
+    assert {row["kind"] for row in rows} == {"twin", "ordinary"}
+    assert all((row["category"] in CODES) == (row["kind"] == "twin") for row in rows)
+    by_code = Counter(row["category"] for row in rows if row["kind"] == "twin")
+    assert min(by_code[code] for code in CODES) >= 40
+    assert all(4 <= len(row["prompt"].split()) <= 50 for row in rows)
+    assert top_opening("harmless")[1] <= 0.05
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -234,7 +247,7 @@ def embedder() -> Any:
 def nearest_to_eval(embed: Any) -> list[tuple[float, str, str]]:
     """For each training file its closest (cosine, training id, evaluation id)."""
     eval_vectors, found = embed(texts("eval")), []
-    for name in (*TRAINING, *HEADS_ONLY):
+    for name in (*TRAINING, *HEADS_ONLY, *OWN_ANSWERS):
         cosines = embed(texts(name)) @ eval_vectors.T
         row, col = divmod(int(cosines.argmax()), len(eval_vectors))
         found.append((float(cosines[row, col]), read(name)[row]["id"], read("eval")[col]["id"]))
@@ -285,7 +298,7 @@ def summary() -> str:
         kinds = ", ".join(f"{label} {kind}: {n}" if label == "toxic" else f"{n} {kind}" for kind, n in counts)
         answers = words([row[answer] for row in rows]) if answer else ""
         lines.append(f"| {name}.jsonl | {len(rows)} | {kinds} | {words(texts(name))} | {answers} |")
-    names = [*TRAINING, "twins", "eval"]
+    names = [*TRAINING, "twins", *OWN_ANSWERS, "eval"]
     lines += ["", f"| hazard code | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for code, meaning in CODES.items():
         counts = [Counter(row["kind"] for row in read(name) if row["category"] == code) for name in names]
