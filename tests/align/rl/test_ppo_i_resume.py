@@ -337,7 +337,7 @@ def script(tmp_path, body):
             torch.set_num_threads(1)
             from plumbline.align.runtime.launch import parse_settings
             from plumbline.align.ppo import PPOSettings, train
-            from reward import CompositeReward
+            from plumbline.reward import CompositeReward
 
             class Share:
                 name = "share"
