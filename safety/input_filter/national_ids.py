@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import date
 
-from plumbline.safety.scripts import GLUED
+from plumbline.safety.text.scripts import GLUED
 
 NEAR = 48  # characters before a number in which a word counts as its context
 Check = Callable[[str], bool]  # of the number in capitals, without its separators
@@ -25,7 +25,7 @@ class Form:
 
 
 def national_ids(text: str) -> Iterator[tuple[int, int, float]]:
-    """(start, end, score) of each number in a text that went through `plumbline.safety.scripts.plain`."""
+    """(start, end, score) of each number in a text that went through `plumbline.safety.text.scripts.plain`."""
     if not _MAYBE.search(text):
         return
     for form in FORMS:
@@ -244,5 +244,5 @@ FORMS: tuple[Form, ...] = (
     _form("JP", r"[0-9]{4}[ -]?[0-9]{4}[ -]?[0-9]{4}", words="マイナンバー|個人番号|my number"),
     _form("CL", r"[0-9]{1,2}\.[0-9]{3}\.[0-9]{3}-[0-9Kk]", _chile),
     _form("IE", r"[0-9]{7}[A-W][A-IW]?", words=r"\bpps"),
-    _form("any", r"(?:[A-Z]{1,2}[0-9]{6,8}|[0-9]{9}|[0-9]{2}[A-Z]{2}[0-9]{5}|[CFGHJK][0-9CFGHJKLMNPRTVWXYZ]{8})", words="passport|reisepass|passeport|pasaporte|passaport|护照|護照|パスポート|여권|паспорт", score=0.7),
+    _form("any", r"(?:[A-Z]{1,2}[0-9]{6,8}|[0-9]{9}|[0-9]{2}[A-Z]{2}[0-9]{5})", words="passport|reisepass|passeport|pasaporte|passaport|护照|護照|パスポート|여권|паспорт", score=0.7),
 )  # fmt: skip

@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from plumbline.safety.scripts import GLUED
+from plumbline.safety.text.scripts import GLUED
 
 NEAR = 48  # characters before a number in which a word counts
 CLOSE = 24  # characters before it in which a word stands right beside it
@@ -138,7 +138,7 @@ class _Lookups:
 
 
 def phones(text: str, regions: Sequence[str]) -> Iterator[Found]:
-    """(start, end, score) of each telephone number in a text that went through `plumbline.safety.scripts.plain`, left to right."""
+    """(start, end, score) of each telephone number in a text that went through `plumbline.safety.text.scripts.plain`, left to right."""
     lookups = _Lookups(regions)
     for run in _RUN.finditer(text):
         if run.end() - run.start() < 7 or sum(map(str.isdigit, run.group())) < 7:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 from plumbline.safety.input_filter.national_ids import luhn, mod97, national_ids
 from plumbline.safety.input_filter.phone import phones
-from plumbline.safety.scripts import GLUED, NO_BLANKS, plain
+from plumbline.safety.text.scripts import GLUED, NO_BLANKS, plain
 from plumbline.safety.taxonomy import meaning
 
 NEAR = 48  # characters before a number in which a word counts as its context
@@ -94,7 +94,7 @@ class Pii:
 
 
 # ------------------------------------------------------------------------------------------------------------ finders
-# Each takes a text that went through `plumbline.safety.scripts.plain`: digits, dashes and blanks are ASCII, and offsets stay. Patterns that
+# Each takes a text that went through `plumbline.safety.text.scripts.plain`: digits, dashes and blanks are ASCII, and offsets stay. Patterns that
 # end in a look at the next character are tried at few places and over few characters, so that the time grows with the text alone.
 
 _ANY = re.compile(r"\d|[@\uff20]|%40|://|www\.|[(\[{<] ?at", re.I)  # in every text that holds something
