@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanItem, Span, Stage
 from plumbline.safety.input_filter.national_ids import luhn, mod97, national_ids
 from plumbline.safety.input_filter.phone import phones
-from plumbline.safety.text.scripts import GLUED, NO_BLANKS, plain
 from plumbline.safety.taxonomy import meaning
+from plumbline.safety.text.scripts import GLUED, NO_BLANKS, plain
 
 NEAR = 48  # characters before a number in which a word counts as its context
 REGIONS = tuple(

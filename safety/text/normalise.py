@@ -75,7 +75,8 @@ class View:
 
     def to_original(self, start: int, end: int) -> tuple[int, int]:
         """Characters [start, end) of this reading as characters of the original; an empty stretch gives an empty one."""
-        if start >= end or not self.text:
+        start, end = min(start, len(self.text)), min(end, len(self.text))
+        if start >= end:
             at = self.starts[start] if start < len(self.starts) else (self.ends[-1] if self.ends else 0)
             return at, at
         return min(self.starts[start:end]), max(self.ends[start:end])
