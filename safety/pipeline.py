@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ from plumbline.safety.scanning import Conversation, Scanning
 from plumbline.safety.text.normalise import SURROGATES
 from plumbline.safety.text.redaction import PLACEHOLDER, Cut, Vault, merge, redact
 from plumbline.safety.text.scripts import NO_BLANKS
+from plumbline.safety.workers import Worker
 
 if TYPE_CHECKING:  # the embedder is loaded by those who check facts
     from plumbline.safety.verifier.facts import FactChecker
@@ -88,15 +90,18 @@ class Guard:
         every: int = 120,
         facts: FactChecker | None = None,
         fact_action: str = "annotate",
+        fact_seconds: float = 60.0,
     ) -> None:
         if fact_action not in FACT_ACTIONS:
             raise ValueError(f"{fact_action=} must be one of {', '.join(FACT_ACTIONS)}")
+        if fact_seconds <= 0:
+            raise ValueError(f"{fact_seconds=} must be above 0")
         if hold_back < 1 or every < 1:
             raise ValueError(f"{hold_back=} and {every=} must be at least 1 character")
         self.scanning = Scanning(policy, scanners)
         self.policy = self.scanning.policy
         self.model, self.hold_back, self.every = model, hold_back, every
-        self.facts, self.fact_action = facts, fact_action
+        self.facts, self.fact_action, self.fact_seconds = facts, fact_action, fact_seconds
         self._log = Path(log) if log else None
         self._log_lock = threading.Lock()
 
@@ -329,10 +334,13 @@ class Guard:
         assert self.facts
         started = time.perf_counter()
         try:
-            report = self.facts.check(said)
+            report = Worker().run(partial(self.facts.check, said), self.fact_seconds)
+            if isinstance(report, BaseException):
+                raise report
             text = act(report, self.fact_action)  # type: ignore[arg-type]  # checked in __init__
         except Exception as error:  # noqa: BLE001  the policy decides what an unchecked answer is worth
-            failed = ScannerRun(scanner="facts", status=Status.ERROR, detail=type(error).__name__)
+            status = Status.TIMEOUT if isinstance(error, TimeoutError) else Status.ERROR
+            failed = ScannerRun(scanner="facts", status=status, detail=type(error).__name__)
             return self._logged(self.scanning.decide(said, (), Stage.OUTPUT, failed)), said, ()
         run = ScannerRun(scanner="facts", status=Status.OK, ms=(time.perf_counter() - started) * 1000)
         verdict = self.scanning.decide(said, report.findings(), Stage.OUTPUT, run)

@@ -33,6 +33,7 @@ _RUN = re.compile(r"(?:\+ ?\(?|\(\+? ?)?[0-9](?:[ ().\-/]{0,4}[0-9])*")
 _EXTENSION = re.compile(
     r"[ ,;]{0,2}(?:x|ext(?:ension|\.)?|#|durchwahl|poste|int\.)[ .:]{0,2}[0-9]{1,6}(?![0-9A-Za-z])", re.I
 )
+_GROUP = re.compile("[0-9]+")
 _GLUED = re.compile(f"[{GLUED}]")
 
 SAID = re.compile(
@@ -194,7 +195,7 @@ def _apart(text: str, parts: Sequence[tuple[int, int]], first: int, last: int) -
 
 def _judged(text: str, start: int, end: int, lookups: _Lookups, cut: bool) -> Found | None:
     """The span with its score, or None; an extension behind it belongs to it."""
-    if end - start < 7 or _bound(text, start):
+    if end - start < 7 or _bound(text, start) or len(_GROUP.findall(text, start, end)) > MOST_TOKENS - 1:
         return None
     extension = _EXTENSION.match(text, end)
     past = extension.end() if extension else end

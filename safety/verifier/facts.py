@@ -256,6 +256,7 @@ def act(report: FactReport, action: Action, *, least_supported: float = 0.5) -> 
     if action not in ("correct", "drop"):
         raise ValueError(f"action {action!r} must be one of annotate, correct, drop, abstain")
     edits: list[tuple[int, int, str]] = []
+    sentences = sentence_spans(report.answer)
     for checked in report.claims:
         if checked.verdict not in (FactVerdict.REFUTED, FactVerdict.CONFLICTING):
             continue
@@ -266,7 +267,7 @@ def act(report: FactReport, action: Action, *, least_supported: float = 0.5) -> 
             edits.append(
                 next(
                     (a, b, "")
-                    for a, b in sentence_spans(report.answer)
+                    for a, b in sentences
                     if a <= checked.claim.start and checked.claim.end <= b
                 )
             )

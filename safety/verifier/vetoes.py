@@ -80,6 +80,7 @@ _CLAUSE_END = re.compile(
 _NAME = re.compile(
     r"(?:(?:[A-Z]\.)+|[A-Z][\w\u2019'&-]*)(?:\s+(?:(?:of|de|la|van|von|der|the)\s+)?(?:(?:[A-Z]\.)+|[A-Z][\w\u2019'&-]*))*"
 )
+_OPENING = re.compile(r"[.!?:]\s+$")
 _ABOUT = re.compile(
     r"\b(about|around|roughly|approximately|nearly|almost|some|over|more than|at least|up to|less than|under)\s*$", re.I
 )
@@ -158,7 +159,7 @@ def _value(match: re.Match[str]) -> float:
 
 def _quantity(kind: str, value: float, start: int, end: int, text: str) -> Quantity:
     end = start + len(text[start:end].rstrip(" ,"))
-    return Quantity(kind, value, start, end, text[start:end], _ABOUT.search(text[:start]) is not None)
+    return Quantity(kind, value, start, end, text[start:end], _ABOUT.search(text, max(0, start - 24), start) is not None)
 
 
 def same(a: Quantity, b: Quantity) -> bool:
@@ -175,7 +176,8 @@ def names(text: str) -> list[str]:
     """Runs of capitalised words that name something; a single one that only opens a sentence does not count."""
     found = []
     for match in _NAME.finditer(text):
-        opens = re.search(r"(?:^|[.!?:]\s+|\n)[\"'(\[]*$", text[: match.start()]) is not None
+        before = text[max(0, match.start() - 24) : match.start()].rstrip("\"'([")
+        opens = match.start() < 24 and not before.strip() or before.endswith("\n") or _OPENING.search(before) is not None
         words = match[0].split()
         if opens and words[0].lower() in _OPENERS:
             words = words[1:]
