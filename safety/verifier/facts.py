@@ -264,13 +264,7 @@ def act(report: FactReport, action: Action, *, least_supported: float = 0.5) -> 
         if mended is not None:
             edits.append((checked.claim.start, checked.claim.end, mended))
         else:
-            edits.append(
-                next(
-                    (a, b, "")
-                    for a, b in sentences
-                    if a <= checked.claim.start and checked.claim.end <= b
-                )
-            )
+            edits.append(next((a, b, "") for a, b in sentences if a <= checked.claim.start and checked.claim.end <= b))
     text, before = report.answer, math.inf
     for start, end, new in sorted(set(edits), reverse=True):
         if end <= before:

@@ -159,7 +159,9 @@ def _value(match: re.Match[str]) -> float:
 
 def _quantity(kind: str, value: float, start: int, end: int, text: str) -> Quantity:
     end = start + len(text[start:end].rstrip(" ,"))
-    return Quantity(kind, value, start, end, text[start:end], _ABOUT.search(text, max(0, start - 24), start) is not None)
+    return Quantity(
+        kind, value, start, end, text[start:end], _ABOUT.search(text, max(0, start - 24), start) is not None
+    )
 
 
 def same(a: Quantity, b: Quantity) -> bool:
@@ -177,7 +179,9 @@ def names(text: str) -> list[str]:
     found = []
     for match in _NAME.finditer(text):
         before = text[max(0, match.start() - 24) : match.start()].rstrip("\"'([")
-        opens = match.start() < 24 and not before.strip() or before.endswith("\n") or _OPENING.search(before) is not None
+        opens = (
+            match.start() < 24 and not before.strip() or before.endswith("\n") or _OPENING.search(before) is not None
+        )
         words = match[0].split()
         if opens and words[0].lower() in _OPENERS:
             words = words[1:]
