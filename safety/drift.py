@@ -18,6 +18,7 @@ import numpy as np
 from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.findings import ScanItem
 from plumbline.safety.scanning import Scanning
+from plumbline.safety.text.normalise import SURROGATES
 
 MOST = 1000  # texts a window that the MMD looks at: its cost grows with their square
 
@@ -106,13 +107,21 @@ def _scores(scanning: Scanning, texts: Sequence[str]) -> dict[str, np.ndarray]:
 def read_texts(path: Path) -> list[str]:
     """The field `text` of each line of a JSON Lines file; ValueError with the line that has none."""
     texts = []
-    for line_no, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and the like may stand inside a string
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
+    for line_no, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
+            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
                 text = None
             if not isinstance(text, str):
                 raise ValueError(f"{path}:{line_no}: needs a JSON object with a field 'text'")
+            if SURROGATES.search(text):
+                raise ValueError(
+                    f"{path}:{line_no}: half of a surrogate pair in 'text'; write the whole character or U+FFFD"
+                )
             texts.append(text)
     return texts

@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from plumbline.safety.findings import Category, Evidence, Finding, Span
+from plumbline.safety.text.normalise import SURROGATES
 from plumbline.safety.verifier.claims import Claim, sentence_spans, split_claims
 from plumbline.safety.verifier.entailment import EntailmentModel, load_entailment
 from plumbline.safety.verifier.knowledge import Hit, KnowledgeBase
@@ -126,6 +127,7 @@ class FactChecker:
 
     def check(self, answer: str) -> FactReport:
         """All claims of an answer at once."""
+        answer = SURROGATES.sub("\ufffd", answer)  # half a surrogate pair is no character
         claims = split_claims(answer)
         worth = [claim for claim in claims if claim.worth]
         hits = self.base.search([claim.reading for claim in worth], self.settings.top)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, load_embedder
+from plumbline.safety.text.normalise import SURROGATES
 from plumbline.safety.verifier.claims import sentence_spans
 from plumbline.safety.verifier.vetoes import stems
 
@@ -187,7 +188,7 @@ def read_documents(path: str | Path) -> list[Document]:
     for file in files:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
         if file.suffix.lower() == ".jsonl":
@@ -204,16 +205,22 @@ def read_documents(path: str | Path) -> list[Document]:
 
 def _json_lines(file: Path, name: str, text: str) -> list[Document]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # U+2028 and the like may stand inside a string
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
+        except RecursionError:
+            raise ValueError(f"{file}:{number}: nested too deeply") from None
         body = row.get("text", row.get("fact")) if isinstance(row, dict) else None
         if not isinstance(body, str):
             raise ValueError(f'{file}:{number}: no "text"; each line is an object with "text" and optionally "id"')
+        if SURROGATES.search(body):
+            raise ValueError(
+                f"{file}:{number}: half of a surrogate pair in the text; write the whole character or U+FFFD"
+            )
         documents.append(Document(str(row.get("id", row.get("doc_id", f"{name}#{number}"))), body))
     return documents
 

@@ -38,7 +38,28 @@ WORK = {
     **{scanner.name: scanned(scanner) for scanner in SCANNERS},
 }
 # One accented word behind a long word; address-like repeats; full stops; blanks; marks on one letter; numbers; brackets ...
-UNITS = ["a", "a@b.", "@", ".", "a.", "e.g. ", " ", "\n", "; ", "\u0301\u0316", "1. ", "1 ", "12 345 ", "020 7946 ", "[E_", "[", "号1", "A1", "The ", "not "]
+UNITS = [
+    "a",
+    "a@b.",
+    "@",
+    ".",
+    "a.",
+    "e.g. ",
+    " ",
+    "\n",
+    "; ",
+    "\u0301\u0316",
+    "1. ",
+    "1 ",
+    "12 345 ",
+    "020 7946 ",
+    "[E_",
+    "[",
+    "号1",
+    "A1",
+    "The ",
+    "not ",
+]
 
 
 @pytest.mark.parametrize("name", WORK)
@@ -53,7 +74,7 @@ def test_time_grows_with_the_length(name):
 
     WORK[name]("A first text, é, which loads what is loaded once: 020 7946 0958.")
     for unit in UNITS:
-        for attempt in range(3):  # a busy machine may be slow once
+        for _ in range(3):  # a busy machine may be slow once
             short, long = seconds(unit, 2000), seconds(unit, 8000)
             if long < 0.1 or long < 10 * short:  # quadratic would be 16 times
                 break

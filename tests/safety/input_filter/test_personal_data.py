@@ -1,14 +1,12 @@
 """Personal data and what only looks like it: a table written by hand, 98 % of each half right."""
 
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from plumbline.safety.findings import ScanItem
 from plumbline.safety.input_filter.pii import Pii
-from plumbline.safety.pipeline import Guard
 
 TABLE = Path(__file__).with_name("personal_data.txt")
 
