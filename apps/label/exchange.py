@@ -1,5 +1,6 @@
 """Items in, labels out: JSON Lines and TRL's formats, the starter pairs, hub data sets, generated pairs, data cards."""
 
+import codecs
 import hashlib
 import json
 import tempfile
@@ -25,7 +26,7 @@ def read_items(content: bytes, name: str, *, gold: bool = False) -> list[NewItem
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload.jsonl"
-        path.write_bytes(content)
+        path.write_bytes(content.removeprefix(codecs.BOM_UTF8))
         try:
             return [item_of(place, row, source=name, gold=gold) for place, row in read_rows(path)]
         except ValueError as error:
