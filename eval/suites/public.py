@@ -25,6 +25,7 @@ from plumbline.eval.grading.graders import (
     toxic,
     toxicity,
 )
+from plumbline.eval.grading.number_reading import final_number
 from plumbline.eval.grading.sandbox import passes
 from plumbline.eval.samples import Sample
 from plumbline.eval.suites.bias import bbq_sample, leaning
@@ -75,9 +76,8 @@ def found_in(data: Path) -> dict[str, Callable[[], EvalTask]]:
 def _task(
     name: str, area: str, about: str, samples: Iterable[Sample], scorers: list, file: str, **more: Any
 ) -> EvalTask:
-    return EvalTask(
-        name=name, version=2, area=area, about=about, samples=list(samples), scorers=scorers, source=file, **more
-    )
+    settings = {"name": name, "version": 2, "area": area, "about": about, "source": file} | more
+    return EvalTask(samples=list(samples), scorers=scorers, **settings)
 
 
 def _column(row: Row, field: str, file: str, at: int) -> str:
@@ -287,7 +287,10 @@ def arc_challenge(data: Path) -> EvalTask:
 
 
 def gsm8k(data: Path) -> EvalTask:
-    """GSM8K, five shots from its training set (arXiv:2110.14168); the last number of the answer counts."""
+    """GSM8K, five shots from its training set (arXiv:2110.14168): the number that the answer comes to, by value.
+
+    `flexible` and `strict` are lm-eval's figures, which compare characters: 29.00 is not 29 there.
+    """
     shots = read_set(data, "gsm8k/train")[:GSM8K_SHOTS]
     head = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shots)
     samples = [
@@ -295,9 +298,13 @@ def gsm8k(data: Path) -> EvalTask:
                target=row["answer"].rpartition("#### ")[2].replace(",", ""))
         for at, row in enumerate(read_set(data, "gsm8k/test"))
     ]  # fmt: skip
-    scorers = [exact(pick=_last_of), exact("strict", pick=_after_marks)]
+    scorers = [
+        exact(pick=final_number),
+        exact("flexible", pick=_last_of, as_text=True),
+        exact("strict", pick=_after_marks, as_text=True),
+    ]
     return _task(
-        "gsm8k", "capability", "school maths, five shots, greedy", samples, scorers, "gsm8k/test",
+        "gsm8k", "capability", "school maths, five shots, greedy", samples, scorers, "gsm8k/test", version=3,
         max_new_tokens=256, stop=("Question:", "</s>", "<|im_end|>"),
     )  # fmt: skip
 
@@ -309,9 +316,8 @@ def humaneval(data: Path) -> EvalTask:
                details={"tests": f"{row['test']}\ncheck({row['entry_point']})"})
         for row in read_set(data, "humaneval/humaneval")
     ]  # fmt: skip
-    stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     return _task(
-        "humaneval", "capability", "Python functions", samples, [passes()], "humaneval", max_new_tokens=256, stop=stop
+        "humaneval", "capability", "Python functions", samples, [passes()], "humaneval", version=3, max_new_tokens=512
     )
 
 
@@ -323,11 +329,12 @@ def bbh(data: Path) -> EvalTask:
     ]  # fmt: skip
     return _task(
         "bbh", "capability", "27 hard tasks, zero-shot", _mixed(samples), [exact(pick=lambda text: text.strip().split("\n")[0])],
-        "bbh/bbh", max_new_tokens=32, stop=("\nQ:", "\n\n"),
+        "bbh/bbh", version=3, max_new_tokens=32, stop=("\nQ:", "\n\n"),
     )  # fmt: skip
 
 
 def _after_marks(text: str) -> str | None:
+    """lm-eval's "strict-match"."""
     found = re.search(r"#### (-?[0-9.,]+)", text)
     return found.group(1).replace(",", "") if found else None
 

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from plumbline.eval.targets.target import reply_of
 from plumbline.eval.tasks import Prompt, Reply, digest
-from plumbline.messages import ANSWERS, read_example
+from plumbline.messages import ANSWERS, CONVERSATIONS, read_example
 from plumbline.rows import Row, file_rows
 
 
@@ -18,22 +19,18 @@ class TranscriptTarget:
 
     def __init__(self, name: str, path: str | Path) -> None:
         self.name, self.path = name, Path(path)
-        self._answers: dict[str, str | None] = {}
+        self._answers: dict[str, Reply] = {}
         for place, row in file_rows(self.path):
             asked, answer = _recorded(row, place)
             self._answers.setdefault(asked, answer)
         if not self._answers:
             raise ValueError(f"{self.path}: no transcripts; needs one JSON object a line with prompt and answer")
-        self.fingerprint = digest("transcripts", sorted(self._answers.items()))
+        said = {asked: reply.text if reply.answers else [reply.error] for asked, reply in self._answers.items()}
+        self.fingerprint = digest("transcripts", sorted(said.items()))
 
     def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
-        return [self._reply(_asked(prompt)) for prompt in prompts]
-
-    def _reply(self, asked: str) -> Reply:
-        if asked not in self._answers:
-            return Reply(error="not among the transcripts")
-        text = self._answers[asked]
-        return Reply(error="the recorded answer is null, or calls tools") if text is None else Reply(answers=(text,))
+        missing = Reply(error="not among the transcripts")
+        return [self._answers.get(_asked(prompt), missing) for prompt in prompts]
 
     def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         raise NotImplementedError
@@ -42,24 +39,38 @@ class TranscriptTarget:
         pass
 
 
-def _recorded(row: Row, place: str) -> tuple[str, str | None]:
-    """(what was asked, the answer) of a row in any form of `plumbline.messages`; None for null, and for a call of tools."""
-    null = False
-    for name in ANSWERS:
-        if name in row and row[name] is None:
-            row, null = row | {name: ""}, True
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and isinstance(messages[-1], dict):
-        last = messages[-1]
-        if last.get("content") is None:
-            row, null = row | {"messages": [*messages[:-1], last | {"content": ""}]}, True
+def _recorded(row: Row, place: str) -> tuple[str, Reply]:
+    """(what was asked, the recorded reply) of a row in any form of `plumbline.messages`; ValueError for what is none."""
     try:
+        said = _said(row)
         found = read_example(place, row, empty_answers=True)
+        reply = reply_of(said, "the recorded answer")
     except ValueError as error:
         fault = str(error).removeprefix(f"{place}: ")
         raise ValueError(f"{place}: not a transcript ({fault}); needs prompt and answer, or messages") from None
-    asked = _asked([{"role": m["role"], "content": m["content"]} for m in found.prompt])
-    return asked, None if null else found.answer[-1]["content"]
+    return _asked([{"role": m["role"], "content": m["content"]} for m in found.prompt]), reply
+
+
+def _said(row: Row) -> dict:
+    """The answer as it was recorded. Null becomes an empty text in the row, which can then be read as any other."""
+    for name in CONVERSATIONS:
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and "from" not in turns[-1]:
+            last = turns[-1]
+            if last.get("content") is None:
+                row[name] = [*turns[:-1], last | {"content": ""}]
+            return last
+    name = next((name for name in ANSWERS if name in row), None)
+    if name is None:
+        return {"content": ""}
+    said = row[name]
+    if said is None:
+        row[name] = ""
+    return (
+        said[-1]
+        if isinstance(said, list) and said and isinstance(said[-1], dict) and "role" in said[-1]
+        else {"content": said}
+    )
 
 
 def _asked(prompt: Prompt) -> str:
