@@ -261,8 +261,8 @@ def test_transcripts_are_found_by_prompt_and_others_are_unscored(tmp_path):
         ('{"prompt": "q0", "answer": null}', "null"),
         ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null}]}', "null"),
         ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant"}]}', "null"),
-        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "1"}]}]}', "tools"),
-        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}', "tools"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]}', "tools"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]}', "tools"),
     ],
 )  # fmt: skip
 def test_recorded_answers_that_are_no_text_are_unscored(row, reason, tmp_path):
