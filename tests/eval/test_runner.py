@@ -261,13 +261,13 @@ def test_transcripts_are_found_by_prompt_and_others_are_unscored(tmp_path):
         ('{"prompt": "q0", "answer": null}', "null"),
         ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null}]}', "null"),
         ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant"}]}', "null"),
-        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null, "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]}', "tools"),
-        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": {"name": "f"}}]}]}', "tools"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null, "tool_calls": [CALL]}]}', "tools"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}', "tools"),
     ],
 )  # fmt: skip
 def test_recorded_answers_that_are_no_text_are_unscored(row, reason, tmp_path):
     path = tmp_path / "said.jsonl"
-    path.write_text(row + "\n")
+    path.write_text(row.replace("CALL", '{"id": "1", "function": {"name": "f"}}') + "\n")
     (graded,) = run_suites([open_target(str(path))], [task(1)], ReplyStore(tmp_path / "c"), quiet=True)
     assert reason in graded.replies[0].error and not graded.replies[0].answers
     assert all(scores[0].value is None for scores in graded.scores.values())
