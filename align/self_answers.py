@@ -404,14 +404,7 @@ def self_answers(
     complied = {prompt.text: prompt.complied for prompt in harmful if prompt.complied}
     if harmful and settings.harmful_answers:
         asked = order.sample([prompt.text for prompt in harmful], min(len(harmful), settings.harmful_answers))
-        _, said = sample_answers(
-            model,
-            tokenizer,
-            encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in asked]),
-            max_new_tokens=HARMFUL_TOKENS,
-            temperature=HARMFUL_TEMPERATURE,
-            generator=torch.Generator(model.device).manual_seed(settings.seed + 1),
-        )
+        said = _answers_to_harm(model, tokenizer, asked, settings.seed + 1)
         complied |= {
             text: answer.strip()
             for text, answer, p in zip(asked, said, declined(asked, said), strict=True)
@@ -459,6 +452,18 @@ def self_answers(
     write_rows(run / "answers.jsonl", [row for kind in KINDS[1:] for row in rows[kind]])
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def _answers_to_harm(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], seed: int) -> list[str]:
+    _, said = sample_answers(
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in asked]),
+        max_new_tokens=HARMFUL_TOKENS,
+        temperature=HARMFUL_TEMPERATURE,
+        generator=torch.Generator(model.device).manual_seed(seed),
+    )
+    return said
 
 
 def _short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], limit: int) -> list[Prompt]:
