@@ -60,12 +60,12 @@ def _said(row: Row) -> dict:
             if last.get("content") is None:
                 row[name] = [*turns[:-1], last | {"content": ""}]
             return last
-    name = next((name for name in ANSWERS if name in row), None)
-    if name is None:
+    field = next((name for name in ANSWERS if name in row), None)
+    if field is None:
         return {"content": ""}
-    said = row[name]
+    said = row[field]
     if said is None:
-        row[name] = ""
+        row[field] = ""
     return (
         said[-1]
         if isinstance(said, list) and said and isinstance(said[-1], dict) and "role" in said[-1]
