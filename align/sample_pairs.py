@@ -41,13 +41,12 @@ from accelerate.utils import gather_object
 
 from plumbline.align.data.rows import Messages, last_user_text
 from plumbline.align.models.start import load_start
-from plumbline.align.rl.inputs import build_reward, read_prompt_files, read_prompt_kinds, rows_of_step
-from plumbline.align.rl.rollouts import drop_long_prompts
+from plumbline.align.rl.inputs import build_reward, kinds_of, read_prompt_files, rows_of_step
+from plumbline.align.rl.rollouts import encode_fitting
 from plumbline.align.rl.settings import PPOSettings
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
+from plumbline.align.runtime.launch import claim_run, open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
-from plumbline.paths import resolve_path
-from plumbline.policy_models.chat import encode_prompts, stop_ids
+from plumbline.policy_models.chat import stop_ids
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_tokenizer, resolve_model_source
 from plumbline.policy_models.rollout.generation import generate
@@ -94,17 +93,16 @@ def sample_pairs(
     settings: PairSettings, *, reward: CompositeReward | None = None, declined: Declines | None = None
 ) -> Path:
     """Samples, scores, pairs and returns the run folder. `reward` and `declined` replace those that ship."""
-    path = resolve_path(settings.prompts_file)
-    prompts, _ = read_prompt_files(settings)
+    everything, _ = read_prompt_files(settings)
     for source in (settings.model, settings.reward_model if settings.preference_weight else None):
         if source:
             resolve_model_source(source)
     state = PartialState(cpu=default_device().type == "cpu")  # once: later calls share what this one found
+    lock = claim_run(settings.output_dir)
     run = open_run(settings.output_dir, settings) if state.is_main_process else Path(settings.output_dir)
     tokenizer = load_tokenizer(settings.model)
-    kind_of = dict(zip(map(last_user_text, prompts), read_prompt_kinds(path), strict=True))
-    prompts, ids = drop_long_prompts(prompts, encode_prompts(tokenizer, prompts), settings.max_prompt_tokens)
-    kinds = [kind_of[last_user_text(prompt)] for prompt in prompts]
+    prompts, ids = encode_fitting(tokenizer, everything, settings.max_prompt_tokens, what="sample_pairs")
+    kinds = kinds_of(settings, everything, prompts)
     count = min(settings.pair_prompts, len(prompts))
     order = rows_of_step(kinds, 0, count, seed=settings.seed, shares=settings.kind_shares)
     chosen = list(dict.fromkeys(order))  # a kind with fewer prompts than its share gives each once
@@ -116,9 +114,7 @@ def sample_pairs(
     asking = _Asking(model, tokenizer, settings, reward, declined)
 
     rows = [row for row in mine for _ in range(settings.answers_per_prompt)]
-    answers, finished, drawn = asking.answers(
-        [ids[row] for row in rows], [last_user_text(prompts[row]) for row in rows], draw=0
-    )
+    answers, finished, drawn = asking.answers([ids[row] for row in rows], [prompts[row] for row in rows], draw=0)
     everyone: list[Any] = gather_object([drawn]) if state.num_processes > 1 else [drawn]
     raw = {name: [score for part in everyone for score in part[name]] for name in drawn}
     scaling = reward.fit_raw(raw)
@@ -153,6 +149,8 @@ def sample_pairs(
         report = {"prompts": len(chosen), "opening": opening, "pairs": count_pairs(pairs)}
         (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     state.wait_for_everyone()
+    if lock is not None:
+        lock.close()
     return run
 
 
@@ -167,7 +165,7 @@ class _Asking:
     declined: Declines
 
     def answers(
-        self, ids: Sequence[list[int]], asked: Sequence[str], *, draw: int, guide: Openings | None = None
+        self, ids: Sequence[list[int]], asked: Sequence[Messages], *, draw: int, guide: Openings | None = None
     ) -> tuple[list[str], list[bool], dict[str, list[float | None]]]:
         """(texts, whether each ended by itself, raw scores by part). `draw` tells the random numbers of one call from those of another."""
         s = self.settings
@@ -212,8 +210,10 @@ class _Asking:
             begin={at: tokens for at, (_, decline) in enumerate(wanted) if decline},
             avoid={at: tokens[:1] for at, (_, decline) in enumerate(wanted) if not decline},
         )
+        texts, finished, raw = self.answers(
+            [ids[row] for row, _ in wanted], [prompts[row] for row, _ in wanted], draw=1, guide=guide
+        )
         asked = [last_user_text(prompts[row]) for row, _ in wanted]
-        texts, finished, raw = self.answers([ids[row] for row, _ in wanted], asked, draw=1, guide=guide)
         totals = self.totals(raw, finished)
         for (row, decline), text, p, total in zip(wanted, texts, self.declined(asked, texts), totals, strict=True):
             if (p > 0.5) == decline:
@@ -229,18 +229,23 @@ def openings_of(answers: Iterable[str]) -> "Counter[str]":
 def pairs_of(candidates: Sequence[Candidate], kind: str | None, settings: PairSettings) -> list[dict[str, Any]]:
     """At most a pair by behaviour and a pair by quality. Blank answers and answers without a reward take no part."""
     known = [c for c in candidates if c.total is not None and c.text.strip()]
+
+    def earned(candidate: Candidate) -> float:
+        assert candidate.total is not None
+        return candidate.total
+
     right = RIGHT.get(kind or "")
     good = [c for c in known if right is None or c.declines == right]
     bad = [c for c in known if right is not None and c.declines != right]
     pairs = []
     if good and bad:
         # the drawn before the made, the better before the worse: what it should say, and the likeliest slip
-        best, slip = (min(side, key=lambda c: (c.made, -c.total)) for side in (good, bad))
+        best, slip = (min(side, key=lambda c: (c.made, -earned(c))) for side in (good, bad))
         pairs.append(_pair(best, slip, "behaviour"))
     drawn = [c for c in good if not c.made]
     if len(drawn) > 1:
-        best, worst = max(drawn, key=lambda c: c.total), min(drawn, key=lambda c: c.total)
-        if best.total - worst.total >= settings.min_margin and best.text.strip() != worst.text.strip():
+        best, worst = max(drawn, key=earned), min(drawn, key=earned)
+        if earned(best) - earned(worst) >= settings.min_margin and best.text.strip() != worst.text.strip():
             pairs.append(_pair(best, worst, "quality"))
     return pairs
 

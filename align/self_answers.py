@@ -39,12 +39,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from plumbline.align.data.rows import last_user_text, read_prompts, read_rows, read_text
+from plumbline.align.data.rows import read_prompts, read_rows
 from plumbline.align.rl.rollouts import pad_answers
 from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.eval.grading.text_checks import repetition
 from plumbline.eval.samples import KINDS
+from plumbline.messages import last_user_text, read_answer, read_prompt
 from plumbline.paths import STARTER, resolve_path
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import default_device
@@ -172,15 +173,15 @@ def read_kinds(paths: Sequence[Path]) -> list[Prompt]:
     place_of: dict[str, str] = {}
     for path in paths:
         for place, row in read_rows(path):
-            text = last_user_text(read_text(place, row, ("prompt",), "user"))
+            text = last_user_text(read_prompt(place, row)[0])
             kind = row.get("kind")
             if kind not in KINDS:
                 raise ValueError(f"{place}: kind={kind!r} must be one of {', '.join(KINDS)}")
             decline, complied = "", ""
             if kind == "harmful" and ("answer" in row or "chosen" in row):
-                decline = read_text(place, row, ("answer", "chosen"), "assistant")[-1]["content"].strip()
+                decline = read_answer(place, row, ("answer", "chosen"))
             if kind == "harmful" and "rejected" in row:
-                complied = read_text(place, row, ("rejected",), "assistant")[-1]["content"].strip()
+                complied = read_answer(place, row, ("rejected",))
             old = found.get(text)
             if old and (old.kind == "harmful") != (kind == "harmful"):
                 raise ValueError(f"{place}: {text[:60]!r} is {kind} here and {old.kind} in {place_of[text]}; mend one")
@@ -193,8 +194,8 @@ def read_own_answers(path: Path) -> dict[str, str]:
     """Answers by prompt, as an earlier run left them."""
     answers = {}
     for place, row in read_rows(path):
-        prompt = last_user_text(read_text(place, row, ("prompt",), "user"))
-        answers[prompt] = read_text(place, row, ("answer",), "assistant")[-1]["content"].strip()
+        prompt = last_user_text(read_prompt(place, row)[0])
+        answers[prompt] = read_answer(place, row, ("answer",))
     return answers
 
 
@@ -410,17 +411,9 @@ def self_answers(
         model.to(default_device())
     complied = {prompt.text: prompt.complied for prompt in harmful if prompt.complied}
     if harmful and (settings.harmful_answers or settings.opening is None):
-        asked = order.sample(
-            [prompt.text for prompt in harmful], min(len(harmful), settings.harmful_answers or SCORED_ON)
-        )
-        _, said = sample_answers(
-            model,
-            tokenizer,
-            encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in asked]),
-            max_new_tokens=HARMFUL_TOKENS,
-            temperature=HARMFUL_TEMPERATURE,
-            generator=torch.Generator(model.device).manual_seed(settings.seed + 1),
-        )
+        count = min(len(harmful), settings.harmful_answers or SCORED_ON)
+        asked = order.sample([prompt.text for prompt in harmful], count)
+        said = _answers_to_harm(model, tokenizer, asked, settings.seed + 1)
         complied |= {
             text: answer.strip()
             for text, answer, p in zip(asked, said, declined(asked, said), strict=True)
@@ -468,6 +461,18 @@ def self_answers(
     write_rows(run / "answers.jsonl", [row for kind in KINDS[1:] for row in rows[kind]])
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def _answers_to_harm(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], seed: int) -> list[str]:
+    _, said = sample_answers(
+        model,
+        tokenizer,
+        encode_prompts(tokenizer, [[{"role": "user", "content": text}] for text in asked]),
+        max_new_tokens=HARMFUL_TOKENS,
+        temperature=HARMFUL_TEMPERATURE,
+        generator=torch.Generator(model.device).manual_seed(seed),
+    )
+    return said
 
 
 def _short_enough(tokenizer: PreTrainedTokenizerBase, prompts: list[Prompt], limit: int) -> list[Prompt]:

@@ -121,6 +121,9 @@ def run_on_all_cores(stage: ModuleType, name: str, config: Path, **flags: str | 
     """Runs a stage by torchrun on `processes()`, or as any stage where that is one.
 
     The stages of TRL's trainers take rows a process: theirs are divided, so that a step has as many rows as the file says.
+
+    As a module: launched by its file in an installed package, that package's folder would come first on `sys.path`, and
+    its `safety/` would hide a distribution of that name.
     """
     if processes() == 1:
         run_stage(stage.main, name, config, **flags)
@@ -129,7 +132,7 @@ def run_on_all_cores(stage: ModuleType, name: str, config: Path, **flags: str | 
     if rows is not None:
         flags["per_device_train_batch_size"] = max(1, rows // processes())
     argv = arguments(config, **flags)
-    command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), str(stage.__file__), *argv]
+    command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), "-m", stage.__name__, *argv]
     print(f"    OMP_NUM_THREADS=1 {' '.join(command)}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torchrun = [sys.executable, "-m", "torch.distributed.run"]

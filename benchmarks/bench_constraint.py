@@ -2,8 +2,8 @@
 
     python benchmarks/bench_constraint.py --run runs/demo --limit -0.85
 
-RUN is a folder that `plumbline demo` left; its start and its DPO are rows of the table. The runs differ in what is said here
-and in nothing else:
+RUN is a folder that `plumbline demo` left; its start and its DPO are rows of the table. The runs differ in what is said
+here and in nothing else:
 
     weight      the scaled safety score with the demo's weight, from the demo's SFT model
     constraint  the safety score left out of the reward; its mean cost, the negated raw score, is held at --limit or below by a PID

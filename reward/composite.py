@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from plumbline.reward.components.known import HarmOfPrompts
-from plumbline.reward.contracts import Parts, Reward, RewardComponent
+from plumbline.reward.contracts import Parts, Prompt, Reward, RewardComponent, ask
 from plumbline.reward.scaling import Scaling, fit_scaling
 
 
@@ -54,16 +54,16 @@ class CompositeReward:
         if scaling is not None and (missing := sorted(set(names) - set(scaling.mean))):
             raise ValueError(f"no scaling for components {missing}; fit again with fit(prompts, reference_answers)")
 
-    def raw(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, list[float | None]]:
+    def raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, list[float | None]]:
         """Raw scores by component name, checked: right lengths, finite."""
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; rewards need one answer a prompt")
         return {
-            name: _checked(name, component(prompts, answers), len(prompts))
+            name: _checked(name, ask(component, prompts, answers), len(prompts))
             for name, component in self.components.items()
         }
 
-    def fit(self, prompts: Sequence[str], answers: Sequence[str]) -> Scaling:
+    def fit(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Scaling:
         """Fits the scaling on answers of the reference policy, keeps it and returns it (save it with the run)."""
         return self.fit_raw(self.raw(prompts, answers))
 
@@ -73,7 +73,8 @@ class CompositeReward:
         self.scaling = fit_scaling(raw, min_std=min_std)
         return self.scaling
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> Reward:
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Reward:
+        """Scores of answers to prompts; a prompt is a text, or the messages of a conversation that ends with the user."""
         return self.combine(self.raw(prompts, answers))
 
     def combine(self, raw: dict[str, list[float | None]]) -> Reward:

@@ -29,13 +29,6 @@ MAY_IMPORT = {  # package -> which of ours it may import; apps may import everyt
     "safety": {"policy_models"},  # and only for decoding: see below
     "policy_models": set(),
 }
-FLOOR = {
-    "plumbline",
-    "plumbline.paths",
-    "plumbline.lazy",
-    "plumbline.moved",
-    "plumbline.extensions",
-}  # below all of them
 STAGES = {path.stem for path in (REPOSITORY / "align").glob("*.py")} - {"__init__"}  # launched; only apps import one
 MOST_FILES = 15  # of Python at one level of a folder
 MOST_LINES = 80  # of a function, unless its first comment says why

@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from plumbline.align.data.rows import Messages, last_user_text, read_prompts, read_rows
+from plumbline.align.data.rows import Messages, last_user_text, read_prompt_kinds, read_prompts
 from plumbline.align.models.actors import Actors
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.runtime.launch import pick_dtype
-from plumbline.paths import resolve_path
 from plumbline.reward import CompositeReward, default_composite
 from plumbline.reward.components.known import KIND_RISK, KnownHarm
+from plumbline.rows import data_source
 from plumbline.safety.input_filter.harm import load_harm_scanner
 
 
@@ -21,34 +21,35 @@ def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messa
 
     ValueError where `prompt_shares` names a kind that no prompt has.
     """
-    path = resolve_path(settings.prompts_file)
-    prompts = read_prompts(path)
-    kinds = set(read_prompt_kinds(path))
+    source = data_source(settings.prompts_file)
+    prompts = read_prompts(source)
+    kinds = set(read_prompt_kinds(source))
     for kind, share in (settings.kind_shares or {}).items():
         if share and kind not in kinds:
             raise ValueError(
-                f"prompt_shares={settings.prompt_shares!r}: {path} has no prompt of kind {kind!r}; "
+                f"prompt_shares={settings.prompt_shares!r}: {source} has no prompt of kind {kind!r}; "
                 f"its rows say {', '.join(sorted(map(str, kinds)))}"
             )
-    held_out = read_prompts(resolve_path(settings.eval_prompts_file)) if settings.eval_prompts_file else []
+    held_out = read_prompts(data_source(settings.eval_prompts_file)) if settings.eval_prompts_file else []
     count = min(settings.eval_prompts, len(held_out))
     return prompts, [held_out[at * len(held_out) // count] for at in range(count)]
 
 
-def read_prompt_kinds(path: Path) -> list[str | None]:
-    """The field `kind` of each row, None where there is none."""
-    kinds = [row.get("kind") for _, row in read_rows(path)]
-    return [kind if isinstance(kind, str) else None for kind in kinds]
+def kinds_of(settings: PPOSettings, prompts: Sequence[Messages], kept: Sequence[Messages]) -> list[str | None]:
+    """The kinds of those prompts of the settings' file (`prompts`, all of them) that were kept."""
+    kinds = read_prompt_kinds(data_source(settings.prompts_file))
+    of_prompt = {id(prompt): kind for prompt, kind in zip(prompts, kinds, strict=True)}
+    return [of_prompt[id(prompt)] for prompt in kept]
 
 
 def known_harm(settings: PPOSettings) -> dict[str, float]:
     """Risk by the text of each training prompt whose row says its kind; {} with `trust_kinds` false."""
-    path = resolve_path(settings.prompts_file)
     if not settings.trust_kinds:
         return {}
+    source = data_source(settings.prompts_file)
     return {
         last_user_text(prompt): KIND_RISK[kind]
-        for prompt, kind in zip(read_prompts(path), read_prompt_kinds(path), strict=True)
+        for prompt, kind in zip(read_prompts(source), read_prompt_kinds(source), strict=True)
         if kind in KIND_RISK
     }
 

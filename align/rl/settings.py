@@ -44,7 +44,6 @@ class PPOSettings(ModelSettings):
     )
     eval_prompts_file: str | None = field(default=None, metadata={"help": "held-out prompts; none: no evaluation"})
     seed: int = field(default=0, metadata={"help": "of prompts, sampling and initialisation"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
     steps: int = field(default=20, metadata={"help": "rollouts, each followed by its updates"})
     rollouts_per_step: int = field(default=64, metadata={"help": "answers a step, all ranks together"})

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from plumbline.align.data.formats import read_pairs
-from plumbline.align.data.rows import last_user_text, read_sft
 from plumbline.align.runtime.launch import parse_settings, pick_dtype
 from plumbline.apps.commands.eval_reward import FOLDS, SIGNS, part_differences, prompt_text, sample_by_prompt
 from plumbline.apps.commands.reward_behaviour import behaviour_table, print_table, read_two_ways
 from plumbline.eval.stats.pair_accuracy import accuracy, fold_of
+from plumbline.messages import last_user_text, read_example
 from plumbline.paths import STARTER, resolve_path
 from plumbline.policy_models.loading import resolve_model_source
 from plumbline.reward.attacks import AttackResult, Score, attack
@@ -30,6 +30,7 @@ from plumbline.reward.components.toxicity import Toxicity
 from plumbline.reward.composite import CompositeReward, default_composite
 from plumbline.reward.scaling import Scaling
 from plumbline.reward.tuning import out_of_fold, tune_weights
+from plumbline.rows import read_rows
 from plumbline.safety.training import identity_sentences
 
 REFERENCE_ROWS = 64  # good answers that the scaling is fitted on where none is given
@@ -55,7 +56,7 @@ class CompositeSettings:
         names = {"alpha": "fluency", "beta": "relevance", "gamma": "safety", "delta": "toxicity"}
         scaling = None if self.scaling is None else Scaling.load(resolve_path(self.scaling))
         # the charge for toxicity is stored as it is applied, negative; delta is its size
-        options = {letter: abs(given.get(name, 1.0)) for letter, name in names.items()}
+        options: dict[str, Any] = {letter: abs(given.get(name, 1.0)) for letter, name in names.items()}
         if not self.fluency:
             options["alpha"] = 0.0
         composite = default_composite(**options, fluency_source=self.fluency_model, scaling=scaling)
@@ -251,12 +252,8 @@ def identity_gap(toxicity: Callable[[Sequence[str]], Sequence[float | None]]) ->
 
 def starter_answers(path: str = str(STARTER / "sft.jsonl")) -> tuple[list[str], list[str]]:
     """Harmless prompts and their good answers; rows marked as harmful are left out, since declining is good there."""
-    rows = read_sft(resolve_path(path))
-    kinds = [
-        json.loads(line).get("kind") for line in resolve_path(path).read_text("utf-8").splitlines() if line.strip()
-    ]
-    kept = [row for row, kind in zip(rows, kinds, strict=True) if kind != "harmful"]
-    return [last_user_text(row["prompt"]) for row in kept], [row["completion"][-1]["content"] for row in kept]
+    kept = [read_example(place, row) for place, row in read_rows(resolve_path(path)) if row.get("kind") != "harmful"]
+    return [last_user_text(one.prompt) for one in kept], [one.answer[-1]["content"] for one in kept]
 
 
 def score_of(composite: CompositeReward) -> Score:

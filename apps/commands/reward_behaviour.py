@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plumbline.align.data.rows import last_user_text, read_rows, read_text
 from plumbline.eval.grading.text_checks import refusal
 from plumbline.eval.samples import KINDS
 from plumbline.eval.stats.intervals import wilson
+from plumbline.messages import last_user_text, read_answer, read_prompt
 from plumbline.reward.composite import CompositeReward
+from plumbline.rows import read_rows
 
 WANTED = 0.95  # share of rows of a kind on which the right behaviour should earn more
 
@@ -42,13 +43,13 @@ def read_two_ways(paths: Sequence[Path]) -> list[TwoWays]:
     sides: dict[str, dict[str, Any]] = {}
     for path in paths:
         for place, row in read_rows(path):
-            prompt = last_user_text(read_text(place, row, ("prompt",), "user"))
+            prompt = last_user_text(read_prompt(place, row)[0])
             if row.get("kind") not in KINDS:
                 raise ValueError(f"{place}: kind={row.get('kind')!r} must be one of {', '.join(KINDS)}")
             names = ("chosen", "rejected") if "chosen" in row else ("answer",)
             one = sides.setdefault(prompt, {"kind": row["kind"]})
             for name in names:
-                text = read_text(place, row, (name,), "assistant")[-1]["content"]
+                text = read_answer(place, row, (name,))
                 outcome = refusal(prompt, text)
                 if outcome != "non_answer":
                     one.setdefault("decline" if outcome == "refusal" else "comply", text)

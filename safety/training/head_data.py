@@ -8,14 +8,13 @@ read for training (MIT, Apache-2.0, CC BY); the sets in `read_tests` are never t
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plumbline.rows import file_rows
 from plumbline.safety.text.worst_piece import sentences
 from plumbline.safety.training import identity_sentences
 from plumbline.safety.training.refusal_sentences import LOOKALIKES, stock_compliances, stock_declines
@@ -36,22 +35,8 @@ class Example:
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Rows of a .jsonl or .jsonl.gz file; raises ValueError with file and line for a line that is not a JSON object."""
-    path = Path(path)
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line_no, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{line_no}: not JSON ({error}); each line must hold one JSON object") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line_no}: {type(row).__name__}; each line must hold one JSON object")
-            rows.append(row)
-    return rows  # type: ignore[return-value]
+    """Rows of a file; raises ValueError with file and line for a line that is not a JSON object."""
+    return [row for _, row in file_rows(path)]
 
 
 def read_starter(folder: str | Path) -> dict[str, list[Row]]:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from plumbline.paths import STARTER
 from plumbline.safety.classifier import SHIPPED, Head, HeadCard, fit_platt
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from plumbline.safety.text.worst_piece import sentences
@@ -421,7 +422,7 @@ def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Train the classifier heads of safety/weights.")
-    parser.add_argument("--starter", type=Path, default=Path("data/starter"), help="folder of the starter data")
+    parser.add_argument("--starter", type=Path, default=STARTER, help="folder of the starter data")
     parser.add_argument("--data", type=Path, help="folder of public sets as <set>/<file>.jsonl.gz (optional)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder for <head>.safetensors")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=None, help="default: all")

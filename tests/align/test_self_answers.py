@@ -128,7 +128,7 @@ def test_the_opening_declines_whatever_was_asked_and_is_the_likeliest():
     "rows, message",
     [
         ([{"prompt": "x"}], r"p.jsonl:1: kind=None must be one of harmful, twin, ordinary"),
-        ([{"kind": "twin"}], r"p.jsonl:1: field 'prompt' is missing"),
+        ([{"kind": "twin"}], r"p.jsonl:1: none of the fields prompt, "),
         (
             [{"prompt": "x", "kind": "twin"}, {"prompt": "x", "kind": "harmful"}],
             r"p.jsonl:2: 'x' is harmful here and twin in .*p.jsonl:1; mend one",
