@@ -92,7 +92,7 @@ def test_soft_labels_in_our_own_form(tmp_path):
     file.write_text(json.dumps(row | {"p_chosen": 0.75, "chosen_harmful": False, "rejected_harmful": True}) + "\n")
     (read,) = read_preferences(file)
     assert read.p_chosen == 0.75 and read.harm == (False, True)
-    for bad in ({"p_chosen": 0.2}, {"chosen_harmful": "no"}):
+    for bad in ({"p_chosen": 1.2}, {"chosen_harmful": "no"}):
         file.write_text(json.dumps(row | bad) + "\n")
         with pytest.raises(ValueError, match=r"pairs\.jsonl:1: "):
             read_preferences(file)
