@@ -305,7 +305,8 @@ def test_code_of_a_folder_is_never_run(folder, monkeypatch):
     code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
     (folder / "config.json").write_text(json.dumps(config | code))
     (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').write('x')\n")
-    for load in (load_policy, load_scalar_model, load_tokenizer):
+    load_tokenizer(str(folder))  # takes no code from the folder
+    for load in (load_policy, load_scalar_model):
         with pytest.raises(ValueError, match="(?s)custom code|trust_remote_code|Unrecognized|does not recognize"):
             load(str(folder))
     assert not (folder / "ran").exists()

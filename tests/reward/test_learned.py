@@ -105,7 +105,7 @@ def test_a_row_that_ends_with_the_padding_token_is_scored_at_its_end():
 
     model = load_scalar_model("bundled:tiny-llama")
     ids, keep = torch.tensor([[5, 6, 2], [5, 2, 2]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
-    want = last_token_scores(model, ids, keep)  # pads with 0: transformers is right
+    want = last_token_scores(model, ids * keep, keep)  # pads with 0: transformers is right
     model.config.pad_token_id = 2
     torch.testing.assert_close(last_token_scores(model, ids, keep), want)
     assert not torch.allclose(model(input_ids=ids, attention_mask=keep).logits[:, 0], want)
