@@ -29,7 +29,7 @@ from plumbline.align.models.answer_head import score_answers_only
 from plumbline.align.models.start import ModelSettings, load_start
 from plumbline.align.runtime.launch import parse_settings, replacing, trainer_defaults
 from plumbline.align.runtime.tracking import StopOnNonFinite
-from plumbline.align.runtime.trainer_runs import TrainerRun
+from plumbline.align.runtime.trainer_runs import ExactResume, TrainerRun
 from plumbline.paths import STARTER
 from plumbline.policy_models.chat import end_ids
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
@@ -54,7 +54,7 @@ class DPOSettings(ModelSettings):
             raise ValueError(f"holdout_every={self.holdout_every}: must be 0 (none) or at least 2")
 
 
-class _Trainer(StopOnNonFinite, DPOTrainer):
+class _Trainer(ExactResume, StopOnNonFinite, DPOTrainer):
     def _prepare_dataset(self, dataset, *_args, **_kwargs):
         return dataset  # holds ids already, by plumbline.align.data.encoding, which says what it leaves out
 

@@ -35,7 +35,7 @@ from plumbline.align.models.start import ModelSettings, save_merged
 from plumbline.align.runtime.launch import parse_settings, pick_dtype, trainer_defaults
 from plumbline.align.runtime.pair_trainer import PairTrainer
 from plumbline.align.runtime.tracking import StopOnNonFinite
-from plumbline.align.runtime.trainer_runs import TrainerRun
+from plumbline.align.runtime.trainer_runs import ExactResume, TrainerRun
 from plumbline.eval.plotting.pair_plots import plot_pair_reports
 from plumbline.eval.stats.intervals import wilson
 from plumbline.eval.stats.pair_accuracy import pair_report, shared_prompts
@@ -85,7 +85,7 @@ class RewardModelSettings(ModelSettings):
             raise ValueError(f"mix_by_loss={self.mix_by_loss}: must be from 0 (off) to 10; 0.5 is a good start")
 
 
-class _Trainer(StopOnNonFinite, PairTrainer):
+class _Trainer(ExactResume, StopOnNonFinite, PairTrainer):
     pass
 
 

@@ -28,7 +28,7 @@ from plumbline.align.models.answer_head import score_answers_only
 from plumbline.align.models.start import ModelSettings, load_start, save_merged
 from plumbline.align.runtime.launch import parse_settings, trainer_defaults
 from plumbline.align.runtime.tracking import StopOnNonFinite
-from plumbline.align.runtime.trainer_runs import TrainerRun
+from plumbline.align.runtime.trainer_runs import ExactResume, TrainerRun
 from plumbline.paths import STARTER
 from plumbline.policy_models.chat import end_ids
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
@@ -52,7 +52,7 @@ class SFTSettings(ModelSettings):
     )
 
 
-class _Trainer(StopOnNonFinite, SFTTrainer):
+class _Trainer(ExactResume, StopOnNonFinite, SFTTrainer):
     pass
 
 

@@ -250,7 +250,7 @@ def as_messages(place: str, field: str, value: Any, role: str) -> Messages:
 
 
 def as_message(place: str, field: str, value: Any) -> Message:
-    """One message in the form of this module; role/content, from/value (ShareGPT) and role/text are read."""
+    """One message in the form of this module; role/content and from/value (ShareGPT) are read."""
     if not isinstance(value, dict):
         raise ValueError(f"{place}: {field}={value!r:.80} is no message; it needs a role and a content")
     said = value.get("role", value.get("from"))
@@ -273,12 +273,12 @@ def as_message(place: str, field: str, value: Any) -> Message:
     for name in ("name", "tool_call_id", "reasoning_content", "thinking"):
         if name in message and not isinstance(message[name], str):
             raise ValueError(f"{place}: {field}.{name}={message[name]!r:.80} must be a text")
-    content = next((value[name] for name in ("content", "value", "text") if value.get(name) is not None), None)
+    content = next((value[name] for name in ("content", "value") if value.get(name) is not None), None)
     if content is None and isinstance(value.get("refusal"), str):
         content = value["refusal"]
     if content is None:
         if not message.keys() & {"tool_calls", "reasoning_content", "thinking"}:
-            known = "is null" if any(n in value for n in ("content", "value", "text")) else "is missing"
+            known = "is null" if any(n in value for n in ("content", "value")) else "is missing"
             raise ValueError(
                 f"{place}: message {field}={value!r:.80} needs a role and a content; its content {known}: "
                 "write a text, or drop the row"

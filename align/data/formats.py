@@ -425,7 +425,7 @@ def _conversation(place: str, field: str, value: Any, row: Row) -> Messages:
 
 def _turns(place: str, field: str, value: Any, role: str) -> Messages:
     """Messages of a text, a transcript of hh-rlhf, or messages in any form."""
-    if isinstance(value, bool | int | float):  # an answer such as True or 42, which a csv reader took for a value
+    if isinstance(value, bool | int | float) and role == "assistant":  # True or 42, which a csv reader took for a value
         value = str(value)
     if isinstance(value, str) and TURN.match(value):
         parts = TURN.split(value)

@@ -7,9 +7,33 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from plumbline.align.runtime.launch import claim_run, disk_faults, open_run
 from plumbline.align.runtime.resuming import STAMP, StampCheckpoints, asked_checkpoint, check_same_run, numbered, stamp
 from plumbline.align.runtime.tracking import MetricsCallback
+
+
+class ExactResume:
+    """Mixin for a transformers Trainer: a whole model is loaded from a checkpoint as from any model folder.
+
+    The Trainer would put the file's tensors into the model by name, and leave those of its start, with a warning, where
+    a file names them otherwise, as model folders name the experts one by one.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trainer: Any = self
+        inner = trainer.accelerator.unwrap_model(trainer.model if model is None else model)
+        if isinstance(inner, PeftModel) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]
+            return
+        dtype = next(inner.parameters()).dtype
+        saved, info = type(inner).from_pretrained(
+            resume_from_checkpoint, dtype=dtype, output_loading_info=True, trust_remote_code=False
+        )
+        if info["missing_keys"]:
+            raise ValueError(f"{resume_from_checkpoint}: has no weights for {sorted(info['missing_keys'])[:3]}")
+        inner.load_state_dict(saved.state_dict())
 
 
 class TrainerRun:

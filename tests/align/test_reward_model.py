@@ -41,8 +41,11 @@ def test_rows_hold_tokens_and_only_columns_that_say_something(tokenizer):
 def test_pairs_that_do_not_fit_are_counted_and_never_all(tokenizer, capsys):
     long = pair(1, chosen=[{"role": "assistant", "content": "x" * 400}])
     rows, too_long = pair_rows([pair(), long], tokenizer, RewardModelSettings(), 200)
-    assert (len(rows), too_long) == (1, 1) and "1 of 2 pairs are longer" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="all 1 pairs are longer than max_length=200"):
+    assert (len(rows), too_long) == (
+        1,
+        1,
+    ) and "left out: 1 longer than max_length=200" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="all 1 rows are longer than max_length=200"):
         pair_rows([long], tokenizer, RewardModelSettings(), 200)
 
 
@@ -92,7 +95,7 @@ def test_soft_labels_in_our_own_form(tmp_path):
     file.write_text(json.dumps(row | {"p_chosen": 0.75, "chosen_harmful": False, "rejected_harmful": True}) + "\n")
     (read,) = read_preferences(file)
     assert read.p_chosen == 0.75 and read.harm == (False, True)
-    for bad in ({"p_chosen": 0.2}, {"chosen_harmful": "no"}):
+    for bad in ({"p_chosen": 1.2}, {"chosen_harmful": "no"}):
         file.write_text(json.dumps(row | bad) + "\n")
         with pytest.raises(ValueError, match=r"pairs\.jsonl:1: "):
             read_preferences(file)

@@ -1,10 +1,20 @@
 import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from plumbline.policy_models import (
     MoEPolicyForCausalLM,
@@ -15,6 +25,7 @@ from plumbline.policy_models import (
     model_summary,
     resolve_model_source,
 )
+from plumbline.policy_models.loading import attach_adapter
 
 TALK = [
     {"role": "system", "content": "Be brief."},
@@ -42,7 +53,7 @@ def test_tiny_models_are_built_once_and_the_same_everywhere(tmp_path, monkeypatc
         (folder,) = (tmp_path / cache / "models").iterdir()  # nothing but the model is left behind
         built.append(digests(folder))
     assert built[0] == built[1]
-    monkeypatch.setitem(loading.BUNDLED, name, (1, lambda folder: pytest.fail("built again")))
+    monkeypatch.setitem(loading.BUNDLED, name, (2, lambda folder: pytest.fail("built again")))
     assert resolve_model_source(f"bundled:{name}") == str(folder)
 
 
@@ -192,13 +203,9 @@ def test_pad_equal_to_eos_is_replaced(cache, tmp_path, caplog, pad):
     assert "padding with '<|endoftext|>'" in caplog.text
 
 
-def test_tokenizers_that_cannot_work_are_refused(cache, tmp_path, monkeypatch):
+def test_tokenizers_that_cannot_work_are_refused(cache, tmp_path):
     source = edit_tokenizer("bundled:tiny-llama", tmp_path / "no-eos", eos_token=None)
     with pytest.raises(ValueError, match="has no eos token"):
-        load_tokenizer(source)
-    source = edit_tokenizer("bundled:tiny-llama", tmp_path / "no-pad", pad_token="<|im_end|>")
-    monkeypatch.setattr(loading, "_PAD_CANDIDATES", ("<pad>",))
-    with pytest.raises(ValueError, match="no reserved token to pad with"):
         load_tokenizer(source)
 
 
@@ -278,3 +285,106 @@ def test_summary_counts(cache):
         f"frozen {embeddings:,} (bfloat16, {2 * embeddings / 2**20:.1f} MiB)"
     )
     assert "active" not in model_summary(load_policy("bundled:tiny-llama"))
+
+
+# Folders that are not to be trusted
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of a small model, for a test to spoil."""
+    return Path(shutil.copytree(resolve_model_source("bundled:tiny-llama"), tmp_path / "model"))
+
+
+def test_code_of_a_folder_is_never_run(folder, monkeypatch):
+    def asked(*_):
+        raise AssertionError("asked on standard input")
+
+    monkeypatch.setattr("builtins.input", asked)
+    config = json.loads((folder / "config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
+    (folder / "config.json").write_text(json.dumps(config | code))
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w').write('x')\n")
+    load_tokenizer(str(folder))  # takes no code from the folder
+    for load in (load_policy, load_scalar_model):
+        with pytest.raises(ValueError, match="(?s)custom code|trust_remote_code|Unrecognized|does not recognize"):
+            load(str(folder))
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/../../x.safetensors", "", ".."])
+def test_an_index_that_leads_out_of_the_folder_is_refused(name, folder):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(ValueError, match=r"index\.json names the weights .*; a plain file name is needed"):
+        load_policy(str(folder))
+
+
+def test_an_index_of_what_is_not_there_or_no_index_is_refused(folder):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"lm_head.weight": "model-2.safetensors"}}))
+    with pytest.raises(ValueError, match="which are not there"):
+        load_policy(str(folder))
+    for text in ("{", "[]", '{"weight_map": {"a": 3}}', '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(ValueError, match=r"index\.json: (no index of weights|weight_map must map)"):
+            load_policy(str(folder))
+
+
+def test_a_link_out_of_the_folder_is_refused_but_not_those_of_the_hubs_cache(folder, tmp_path):
+    outside = tmp_path / "elsewhere.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a link to .*elsewhere.*, outside it"):
+        load_policy(str(folder))
+    snapshot = tmp_path / "models--o--n" / "snapshots" / "abc"
+    (tmp_path / "models--o--n" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in folder.iterdir():
+        blob = tmp_path / "models--o--n" / "blobs" / file.name
+        shutil.copyfile(file, blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    load_policy(str(snapshot))
+
+
+def test_a_missing_tensor_is_an_error_and_never_drawn(folder):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    del tensors[name]
+    save_file(tensors, file, metadata={"format": "pt"})
+    for load in (load_policy, load_scalar_model):
+        with pytest.raises(ValueError, match=r"has no weights for .*q_proj\.weight .*\(1 tensors\)"):
+            load(str(folder))
+
+
+def test_an_adapter_that_lacks_weights_is_an_error(tmp_path):
+    base = load_policy("bundled:tiny-llama")
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    attach_adapter(load_policy("bundled:tiny-llama"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match="missing adapter keys"):
+        attach_adapter(load_policy("bundled:tiny-llama"), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "specials, options, pad",
+    [
+        (["<|endoftext|>"], {"eos_token": "<|endoftext|>"}, "<|endoftext|>"),  # GPT-2
+        (["<|endoftext|>", "<|padding|>"], {"eos_token": "<|endoftext|>"}, "<|padding|>"),  # Pythia
+        (["</s>", "<s>", "<unk>"], {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}, "<unk>"),  # Llama 2
+        (["<|end_of_text|>", "<|reserved_special_token_0|>"], {"eos_token": "<|end_of_text|>"}, "<|reserved_special_token_0|>"),
+        (["<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"],
+         {"eos_token": "<｜end▁of▁sentence｜>", "pad_token": "<｜end▁of▁sentence｜>"}, "<｜▁pad▁｜>"),  # DeepSeek
+    ],
+)  # fmt: skip
+def test_tokenizers_without_a_pad_token_of_their_own(specials, options, pad, tmp_path):
+    alphabet = [*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    PreTrainedTokenizerFast(tokenizer_object=backend, **options).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token == pad and tokenizer.eos_token == options["eos_token"]

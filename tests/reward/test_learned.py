@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
-from plumbline.reward.learned import SCALING_FILE, LearnedPreference
+from plumbline.reward.learned import SCALING_FILE, LearnedPreference, PreferenceEnsemble
 
 PROMPTS = ["Why?", "Name a colour that is not green.", "Hello"]
 ANSWERS = ["Because.", "Red.", "Hello to you, and to everybody who came along today."]
@@ -72,3 +72,40 @@ def test_a_conversation_beyond_the_positions_gets_none(scorer):
 def test_what_must_be_given():
     with pytest.raises(ValueError, match="needs a model_path, or both a model and a tokenizer"):
         LearnedPreference()
+
+
+def test_the_whole_conversation_is_read_also_inside_a_composite():
+    """Opposite system prompts, and opposite earlier turns, get different scores; other parts read the last turn alone."""
+    from plumbline.policy_models.loading import load_scalar_model, load_tokenizer
+    from plumbline.reward import CompositeReward
+
+    class Seen:
+        name = "seen"
+
+        def __call__(self, prompts, answers):
+            assert prompts == ["Name a tree.", "Name a tree.", "Name a tree."]
+            return [0.0] * 3
+
+    source = "bundled:tiny-llama"
+    learned = LearnedPreference(model=load_scalar_model(source), tokenizer=load_tokenizer(source))
+    user = {"role": "user", "content": "Name a tree."}
+    prompts = [[{"role": "system", "content": f"Answer in {tongue} only."}, user] for tongue in ("French", "English")]
+    reward = CompositeReward([(learned, 1.0), (Seen(), 0.0)])
+    scores = reward([*prompts, "Name a tree."], ["Oak."] * 3).parts.raw["preference"]
+    assert len(set(scores)) == 3
+    whole = learned.score_conversations([[*p, {"role": "assistant", "content": "Oak."}] for p in [*prompts, [user]]])
+    assert scores == pytest.approx(whole)
+    ensemble = PreferenceEnsemble([learned, learned], caution=0.0)
+    assert CompositeReward([(ensemble, 1.0)])(prompts, ["Oak."] * 2).total == pytest.approx(whole[:2])
+
+
+def test_a_row_that_ends_with_the_padding_token_is_scored_at_its_end():
+    """Where the end token pads, as with GPT-2, transformers would read the score one token earlier."""
+    from plumbline.policy_models.loading import last_token_scores, load_scalar_model
+
+    model = load_scalar_model("bundled:tiny-llama")
+    ids, keep = torch.tensor([[5, 6, 2], [5, 2, 2]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    want = last_token_scores(model, ids * keep, keep)  # pads with 0: transformers is right
+    model.config.pad_token_id = 2
+    torch.testing.assert_close(last_token_scores(model, ids, keep), want)
+    assert not torch.allclose(model(input_ids=ids, attention_mask=keep).logits[:, 0], want)

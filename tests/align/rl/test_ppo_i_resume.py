@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -515,3 +516,55 @@ def test_I1_resume_after_sigkill_equals_an_unbroken_run(tmp_path, prompts_file, 
         for name in ("whole", "broken")
     ]
     assert rows[0] == rows[1]
+
+
+# What a resume is refused, or says
+
+
+def test_I1_a_resume_with_other_settings_lists_the_differences(settings, share, tmp_path, prompts_file):
+    reward = CompositeReward([(share(), 1.0)])
+    train(settings(steps=2), reward=reward)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "Something else"}\n{"prompt": "Two"}\n' * 4)
+    changed = {"seed": 5, "policy_lr": 0.5, "prompts_file": str(other), "model": "bundled:tiny-llama"}
+    with pytest.raises(ValueError, match="belongs to another run") as refused:
+        train(settings(steps=2, resume=True, **changed), reward=reward)
+    for name in changed:
+        assert f"{name}: " in str(refused.value)
+    train(settings(steps=2, resume=True, save_every=1, tokens_per_micro_batch=4096), reward=reward)  # when, not what
+
+
+def test_I1_a_finished_run_is_not_resumed_for_more_steps(settings, share):
+    reward = CompositeReward([(share(), 1.0)])
+    train(settings(steps=2, save_every=1), reward=reward)
+    with pytest.raises(
+        ValueError, match=r"ended a run of steps=2, whose rate has fallen to 0; with steps=4 it would come"
+    ):
+        train(settings(steps=4, resume=True), reward=reward)
+    with pytest.raises(ValueError, match=r"steps=1 are fewer than the 2"):
+        train(settings(steps=1, resume=True), reward=reward)
+
+
+def test_I1_more_steps_go_on_falling_from_where_the_rate_was(settings, share, read_metrics, tmp_path, capsys):
+    reward = CompositeReward([(share(), 1.0)])
+    run = train(settings(steps=4, save_every=2, keep_checkpoints=5), reward=reward)
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    train(settings(steps=8, resume=True), reward=reward)
+    rates = [row["lr"] for row in read_metrics(run) if "lr" in row]
+    assert len(rates) == 8 and all(later < earlier for earlier, later in zip(rates, rates[1:], strict=False))
+    assert rates[-1] == pytest.approx(0.0, abs=1e-9)
+    assert "steps was 4, is 8: from step 2 the rate falls to 0 at the new end" in capsys.readouterr().out
+
+
+def test_I2_a_newest_checkpoint_that_is_cut_off_gives_way_to_the_one_before(tmp_path, capsys):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, {"x": torch.tensor([float(step)])})
+    file = tmp_path / "checkpoints" / "step-000002" / "rank-0.pt"
+    file.write_bytes(file.read_bytes()[:-30])
+    (tmp_path / "checkpoints" / "step-junk").mkdir()
+    assert latest_checkpoint(tmp_path).name == "step-000001"
+    assert "step-000002 is not whole (rank-0.pt is cut off): going on from step-000001" in capsys.readouterr().out
+    file.with_name("rank-0.pt").unlink()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-000001")
+    with pytest.raises(ValueError, match="processes"):
+        latest_checkpoint(tmp_path)
