@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo debug label test test-transformers check bench-gpu bench-peers clean
+.PHONY: help install demo debug label test test-transformers types check install-hooks wheel-check bench-gpu bench-peers clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -42,11 +42,24 @@ test: .venv/.dev ## all tests
 test-transformers: .venv/.dev ## transformers' own common model tests on the policy model, about four minutes
 	$(BIN)/python tests/transformers_suite/run.py
 
+# The packages lie at the top of the repository; mypy and editors find them as plumbline.* through these links.
+types: ## links under .make/types for mypy and editors
+	@mkdir -p .make/types/plumbline
+	@for one in align apps eval policy_models reward safety plumbline/*.py; do ln -sfn ../../../$$one .make/types/plumbline/; done
+
 check: .venv/.dev ## ruff, types, fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(MAKE) --no-print-directory types
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+install-hooks: .venv/.dev ## run ruff and mypy before every commit
+	$(PIP) pre-commit
+	$(BIN)/pre-commit install
+
+wheel-check: .venv/.dev ## build the wheel and run it in a fresh environment outside the clone, about ten minutes
+	$(BIN)/python tests/test_wheel.py
 
 # Needs a torch built for CUDA in .venv; `make bench-gpu ARGS=--cpu` runs the same path at toy size, interpreted.
 bench-gpu: .venv/.dev ## kernels on a GPU: against fp64, then timed, in under ten minutes -> benchmarks/results/

@@ -18,7 +18,7 @@ __all__, __getattr__, __dir__ = exports(
         "Scorer": "tasks",
         "check_gates": "gates.bounds",
         "load_suites": "suites",
-        "open_target": "targets.targets",
+        "open_target": "targets.specs",
         "read_gates": "gates.bounds",
         "read_samples": "samples",
         "run_suites": "runner",

@@ -23,7 +23,7 @@ from plumbline.eval.samples import Sample
 from plumbline.eval.stats.intervals import wilson
 from plumbline.eval.suites.attacks import OBFUSCATIONS, TEMPLATES
 from plumbline.eval.targets.model_target import ModelTarget
-from plumbline.eval.targets.targets import Target
+from plumbline.eval.targets.target import Target
 from plumbline.eval.tasks import EvalTask, Reply, Scorer
 
 Disguise = Callable[[Sequence[Sample]], list[Sample]]

@@ -21,7 +21,8 @@ from typing import Any
 from tqdm import tqdm
 
 from plumbline.eval.samples import Sample
-from plumbline.eval.targets.targets import GuardedTarget, Target
+from plumbline.eval.targets.guarded import GuardedTarget
+from plumbline.eval.targets.target import Target
 from plumbline.eval.tasks import EvalTask, Graded, Prompt, Reply, digest, grade
 
 CHUNK = 64  # samples asked at once, at most; part of the hash, since an answer's last bits may depend on its batch
@@ -218,7 +219,9 @@ def _without_guard(
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
-    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
+    """The text before the first stop; one among the blanks that it begins with ends nothing."""
+    begun = len(text) - len(text.lstrip())
+    ends = [at for at in (text.find(one, begun) for one in stop) if at >= 0]
     return text[: min(ends)] if ends else text
 
 

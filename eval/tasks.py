@@ -1,6 +1,6 @@
 """What an evaluation is made of: a task asks samples, a target replies, scorers grade the replies.
 
-Sample (eval/samples.py) -> Reply (eval/targets/targets.py) -> Score, one a scorer
+Sample (eval/samples.py) -> Reply (eval/targets/) -> Score, one a scorer
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ MOVED = {
     "policy_models.memory": "plumbline.policy_models.rollout.memory",
     "policy_models.trunk": "plumbline.policy_models.rollout.trunk",
     "policy_models.quantise": "plumbline.policy_models.compression.quantise",
-    "eval.targets": "plumbline.eval.targets.targets",
+    "eval.targets": "plumbline.eval.targets.specs",
     "eval.model_target": "plumbline.eval.targets.model_target",
     "eval.graders": "plumbline.eval.grading.graders",
     "eval.scorers": "plumbline.eval.grading.text_checks",

@@ -7,7 +7,6 @@ the median distance as its width; its p-value comes from a permutation test, so 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from plumbline.rows import read_rows
 from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.findings import ScanItem
 from plumbline.safety.scanning import Scanning
-from plumbline.safety.text.normalise import SURROGATES
 
 MOST = 1000  # texts a window that the MMD looks at: its cost grows with their square
 
@@ -105,23 +104,10 @@ def _scores(scanning: Scanning, texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The field `text` of each line of a JSON Lines file; ValueError with the line that has none."""
+    """The field `text` of each row of a file; ValueError with the line that has none."""
     texts = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # U+2028 and the like may stand inside a string
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
-    for line_no, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError, RecursionError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}:{line_no}: needs a JSON object with a field 'text'")
-            if SURROGATES.search(text):
-                raise ValueError(
-                    f"{path}:{line_no}: half of a surrogate pair in 'text'; write the whole character or U+FFFD"
-                )
-            texts.append(text)
+    for place, row in read_rows(path):
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{place}: needs a JSON object with a field 'text' (found {sorted(row)})")
+        texts.append(row["text"])
     return texts

@@ -36,7 +36,7 @@ def build_scanner(entry: ScannerSettings) -> Scanner:
         ) from None
 
 
-def _class_of(entry: ScannerSettings) -> type[Scanner]:
+def _class_of(entry: ScannerSettings) -> type:
     if entry.use in KINDS:
         module, kind = KINDS[entry.use]
         return getattr(importlib.import_module(module), kind)

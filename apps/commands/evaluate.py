@@ -23,7 +23,9 @@ from plumbline.eval.runner import ReplyStore, grade_all, run_suites
 from plumbline.eval.stats.suite_rates import figures
 from plumbline.eval.suites import known_suites, load_suites
 from plumbline.eval.suites.public import LOADERS
-from plumbline.eval.targets.targets import EndpointTarget, Target, open_target
+from plumbline.eval.targets.endpoint import EndpointTarget
+from plumbline.eval.targets.specs import open_target
+from plumbline.eval.targets.target import Target
 from plumbline.policy_models.devices import default_device
 
 
@@ -47,7 +49,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Runs suites on targets and writes results.json, transcripts and report.html into `out`. Returns the results.
 
-    Targets are specs (see eval/targets/targets.py) or objects with reply(), logp() and close(). `cache` keeps replies, so that
+    Targets are specs (see eval/targets/specs.py) or objects with reply(), logp() and close(). `cache` keeps replies, so that
     several runs share them; it is out/cache if not given. `judge`, a target, grades the harm of every attack as well.
     `earlier`, results of another run, adds what has changed since. `device` None is the GPU of this process, else the CPU.
     Everything is checked before a model loads.
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", default="runs/eval", help="folder of the report (runs/eval)")
     add("--data", help="folder of public sets, <set>/<file>.jsonl.gz")
     add("--limit", type=int, help="samples a suite")
-    add("--gate", help="YAML file of bounds; exit status 1 when one fails")
+    add("--gate", help="YAML file of bounds, or gates for the one that ships; exit status 1 when one fails")
     add("--baseline", help="results.json of an earlier run, for the gates that compare and the report")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")

@@ -16,7 +16,7 @@ from plumbline.align.runtime.launch import pick_dtype
 from plumbline.eval.redteam import all_disguises, search
 from plumbline.eval.suites.public import HARMFUL, harmful
 from plumbline.eval.suites.starter import starter_samples
-from plumbline.eval.targets.targets import open_target
+from plumbline.eval.targets.specs import open_target
 from plumbline.policy_models.devices import default_device
 
 

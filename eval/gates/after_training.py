@@ -17,7 +17,7 @@ from plumbline.eval.pages.suite_page import write_report
 from plumbline.eval.runner import ReplyStore, run_suites
 from plumbline.eval.stats.suite_rates import figures
 from plumbline.eval.suites import load_suites
-from plumbline.eval.targets.targets import open_target
+from plumbline.eval.targets.specs import open_target
 from plumbline.eval.tasks import EvalTask
 
 

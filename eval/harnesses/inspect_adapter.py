@@ -34,7 +34,7 @@ except ImportError as error:
     raise ImportError("this adapter needs inspect_ai: pip install inspect_ai") from error
 
 from plumbline.eval.suites import load_suites
-from plumbline.eval.targets.targets import open_target
+from plumbline.eval.targets.specs import open_target
 from plumbline.eval.tasks import EvalTask, Reply, grade
 
 

@@ -26,7 +26,8 @@ except ImportError as error:
 from plumbline.eval.runner import _cut
 from plumbline.eval.suites import SUITES, load_suites
 from plumbline.eval.targets.model_target import ModelTarget
-from plumbline.eval.targets.targets import Target, open_target
+from plumbline.eval.targets.specs import open_target
+from plumbline.eval.targets.target import Target
 from plumbline.eval.tasks import EvalTask
 
 

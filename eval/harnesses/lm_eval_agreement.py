@@ -24,7 +24,7 @@ from plumbline.eval.runner import ReplyStore, run_suites
 from plumbline.eval.suites import load_suites
 from plumbline.eval.suites.public import GSM8K_SHOTS, _value, read_set
 from plumbline.eval.targets.model_target import ModelTarget
-from plumbline.eval.targets.targets import open_target
+from plumbline.eval.targets.specs import open_target
 from plumbline.policy_models.loading import resolve_model_source
 
 # suite -> lm-eval's task files, our figure -> theirs
@@ -34,7 +34,7 @@ TASKS: dict[str, tuple[list[str], dict[str, str]]] = {
         {"correct": "acc", "correct_normed": "acc_norm"},
     ),
     "mmlu": (["mmlu/default/_default_template_yaml"], {"correct": "acc"}),
-    "gsm8k": (["gsm8k/gsm8k.yaml"], {"correct": "flexible-extract", "strict": "strict-match"}),
+    "gsm8k": (["gsm8k/gsm8k.yaml"], {"flexible": "flexible-extract", "strict": "strict-match"}),
 }
 MMLU_HEAD = "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n"
 

@@ -23,7 +23,8 @@ from plumbline.eval.samples import Sample
 from plumbline.eval.stats.suite_rates import figures, reliability
 from plumbline.eval.suites import load_suites
 from plumbline.eval.suites.starter import starter_samples
-from plumbline.eval.targets.targets import CallableTarget, GuardedTarget
+from plumbline.eval.targets.function import CallableTarget
+from plumbline.eval.targets.guarded import GuardedTarget
 from plumbline.eval.tasks import EvalTask, Graded, Reply, Score, Scorer, grade
 from plumbline.safety.pipeline import Guard
 
@@ -254,7 +255,7 @@ def test_numbers_choices_and_confidence_by_hand():
         ("    return a - b\n", 0),
         ("    while True: pass\n", 0),
         ("    x = 'a' * 10**10\n    return a + b\n", 0),
-        ("    import os; os._exit(0)\n", 1),  # known: leaving early looks like passing; docs/evaluation.md says so
+        ("    import os; os._exit(0)\n", 0),  # leaves before the tests have run
         ("    return (\n", 0),
     ],
 )

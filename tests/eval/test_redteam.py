@@ -7,7 +7,8 @@ import pytest
 from plumbline.eval.grading.graders import each
 from plumbline.eval.redteam import _begins, all_disguises, search, suffix_search
 from plumbline.eval.samples import Sample
-from plumbline.eval.targets.targets import CallableTarget, open_target
+from plumbline.eval.targets.function import CallableTarget
+from plumbline.eval.targets.specs import open_target
 from plumbline.eval.tasks import Scorer
 
 BEHAVIOURS = [Sample(id=f"b{i}", input=f"Do the bad thing number {i}", topic="locks") for i in range(12)]

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig, OPTConfig, PhimoeConfig
 
 import plumbline.align.ppo
-from plumbline.align.models.actors import Actors, ModelSettings
+from plumbline.align.models.actors import Actors
+from plumbline.align.models.start import ModelSettings
 from plumbline.align.ppo import PPOSettings, train
 from plumbline.align.runtime.launch import parse_settings
 from plumbline.policy_models.chat import sample_answers
