@@ -63,14 +63,14 @@ class Vault:
         return self._hide(value, _label(category), own)
 
     def _hide(self, value: str, label: str, own: bool) -> str:
-        placeholder = self._known.get((label, value))
-        if placeholder is None:
+        if (label, value) not in self._known:
             number = self._numbers.get(label, 0) + 1
-            while (placeholder := f"[{label}_{number}]") in self.values or placeholder in self.reserved:
+            while f"[{label}_{number}]" in self.values or f"[{label}_{number}]" in self.reserved:
                 number += 1
             self._numbers[label] = number
-            self.values[placeholder] = value
-            self._known[label, value] = placeholder
+            self._known[label, value] = f"[{label}_{number}]"
+            self.values[f"[{label}_{number}]"] = value
+        placeholder = self._known[label, value]
         if own:
             self.own.add(placeholder)
         return placeholder

@@ -59,7 +59,8 @@ class Claim:
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
     """(start, end) of each sentence without the blanks around it; abbreviations, initials and decimals do not end one."""
-    spans, start = [], 0
+    spans: list[tuple[int, int]] = []
+    start = 0
     for found in _END.finditer(text):
         if found[0][0] == "." and _goes_on(text, start, found.start()):
             continue
