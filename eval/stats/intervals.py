@@ -35,6 +35,35 @@ class McNemar(NamedTuple):
     only_after: int
 
 
+def student_quantile(p: float, df: int) -> float:
+    """Quantile of Student's t for p >= 0.5: exact for one and two degrees of freedom, else by Hill (1970, Algorithm 396)."""
+    if not (0.5 <= p < 1 and df >= 1):
+        raise ValueError(f"{p=}, {df=}: needs 0.5 <= p < 1 and df >= 1")
+    if df == 1:
+        return math.tan(math.pi * (p - 0.5))
+    tails = 2 * (1 - p)
+    if df == 2:
+        return math.sqrt(max(0.0, 2 / (tails * (2 - tails)) - 2))
+    a = 1 / (df - 0.5)
+    b = 48 / (a * a)
+    c = ((20700 * a / b - 98) * a - 16) * a + 96.36
+    d = ((94.5 / (b + c) - 3) / b + 1) * math.sqrt(a * math.pi / 2) * df
+    y = (d * tails) ** (2 / df)
+    if y > 0.05 + a:
+        x = NormalDist().inv_cdf(1 - p)
+        y = x * x
+        if df < 5:
+            c += 0.3 * (df - 4.5) * (x + 0.6)
+        c = (((0.05 * d * x - 5) * x - 7) * x - 2) * x + b + c
+        y = (((((0.4 * y + 6.3) * y + 36) * y + 94.5) / c - y - 3) / b + 1) * x
+        y = math.expm1(a * y * y)
+    else:
+        y = ((1 / (((df + 6) / (df * y) - 0.089 * d - 0.822) * (df + 2) * 3) + 0.5 / (df + 4)) * y - 1) * (df + 1) / (
+            df + 2
+        ) + 1 / y
+    return math.sqrt(df * y)
+
+
 def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     """Score interval of a rate (Wilson 1927); `mean` is successes / n. Stays inside [0, 1] and is honest at 0 and n."""
     if n < 1 or not 0 <= successes <= n:

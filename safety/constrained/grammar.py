@@ -178,7 +178,7 @@ def _xgrammar(
     compiler = xgrammar.GrammarCompiler(info, max_threads=1)
     try:
         if grammar.kind == "json":
-            compiled = compiler.compile_json_schema(grammar.source, any_whitespace=False)
+            compiled = compiler.compile_grammar(xgrammar.Grammar.from_ebnf(_xgrammar_rules(grammar.source)))
         elif grammar.kind == "regex":
             compiled = compiler.compile_regex(grammar.source)
         else:
@@ -202,6 +202,50 @@ def _xgrammar(
             return self.matcher.is_completed()
 
     return XGrammar
+
+
+def _xgrammar_rules(schema: str) -> str:
+    """xgrammar's rules for a schema, with what 0.2.8 leaves out put right, so that it takes what llguidance takes.
+
+    Bounded strings take no escapes there (issue 800), patterns are read as if they were anchored, and lists and objects of any kind
+    have blanks behind their commas.
+    """
+    import xgrammar
+
+    source = json.dumps(_anchored(json.loads(schema)))
+    rules = str(xgrammar.Grammar.from_json_schema(source, any_whitespace=False, separators=(",", ":")))
+    character = r"""(([^\"\\\0-\x1f]) | ("\\" basic_escape))"""
+    rules = rules.replace(r"""(([^\"\\\r\n]))""", character)
+    return rules.replace('((", " basic_any))', '(("," basic_any))').replace('((", " basic_string', '(("," basic_string')
+
+
+def _anchored(schema: Any) -> Any:
+    """The schema with each pattern, which JSON Schema looks for anywhere in a text, written as one for the whole text."""
+    if isinstance(schema, list):
+        return [_anchored(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    whole = {
+        name: _anchored(value) for name, value in schema.items() if name not in ("enum", "const", "default", "examples")
+    }
+    whole |= {name: schema[name] for name in ("enum", "const", "default", "examples") if name in schema}
+    pattern = schema.get("pattern")
+    if isinstance(pattern, str):
+        if "|" in _top_level(pattern) and re.search(r"[$^]", pattern):
+            raise ValueError(
+                f"xgrammar cannot hold the pattern {pattern!r}: write it as one for the whole text, ^(...)$"
+            )
+        begin, end = "" if pattern.startswith("^") else ".*", "" if pattern.endswith("$") else ".*"
+        whole["pattern"] = f"^{begin}({pattern.removeprefix('^').removesuffix('$')}){end}$"
+    return whole
+
+
+def _top_level(pattern: str) -> str:
+    """A regular expression without escapes, character classes and groups."""
+    bare = re.sub(r"\\.|\[[^\]]*\]", "", pattern)
+    while (less := re.sub(r"\([^()]*\)", "", bare)) != bare:
+        bare = less
+    return bare
 
 
 def _jsonschema() -> Any:

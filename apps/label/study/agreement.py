@@ -7,15 +7,18 @@ alike, one annotator) the estimate is NaN rather than 0 or 1.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from plumbline.eval.stats.intervals import Interval
+from plumbline.eval.stats.intervals import Interval, student_quantile
 
 Array = NDArray[Any]
 MISSING = float("nan")
+RIDGE = 1e-9
+FARTHEST = 60.0  # log-odds beyond which an end is not looked for
 
 
 # Agreement
@@ -192,13 +195,18 @@ class Strengths:
 
 
 def bradley_terry(
-    votes: Sequence[Comparison], *, position: bool = True, ties: bool = True, ridge: float = 1e-6, level: float = 0.95
+    votes: Sequence[Comparison], *, position: bool = True, ties: bool = True, prior: float = 1.0, level: float = 0.95
 ) -> Strengths:
-    """Bradley-Terry with Davidson's ties (1970) and a position term, by maximum likelihood with Newton's method.
+    """Bradley-Terry with Davidson's ties (1970) and a position term: the mode of a posterior, with profile intervals.
 
     With strengths s, position g and tie parameter t, the three outcomes have weights exp(s_left + g/2),
-    exp(s_right - g/2) and exp((s_left + s_right)/2 + t). Intervals are from the sandwich covariance clustered by item,
-    so that five votes on one pair do not count as five pairs. The tiny ridge only keeps a model that never won finite.
+    exp(s_right - g/2) and exp((s_left + s_right)/2 + t). The prior is `prior` votes won and as many lost by each model against
+    the average one, and the same on g and t: no vote is lost to it, but a model that won all of three is not infinitely strong.
+
+    An interval holds the values whose best fit is at most `z**2` worse in twice the log posterior, which is right where few votes
+    make the curve lopsided (coverage by number of votes: docs/results.md). Where items have several votes, so that five on one
+    pair are not five pairs, the bound grows by the sandwich's design effect, clustered by item, and z is Student's with a degree
+    less than there are items; votes on one item alone give no interval (NaN).
 
     ValueError without votes, with fewer than two models, or where a model is compared with itself.
     """
@@ -209,73 +217,137 @@ def bradley_terry(
         raise ValueError("a vote compares a model with itself; leave such votes out")
     if any(vote.outcome not in (0.0, 0.5, 1.0) for vote in votes):
         raise ValueError("outcomes must be 1.0 (left), 0.0 (right) or 0.5 (tie)")
+    if not prior >= 0:
+        raise ValueError(f"{prior=}: needs 0 or more votes")
     has_ties = ties and any(vote.outcome == 0.5 for vote in votes)
     votes = [vote for vote in votes if has_ties or vote.outcome != 0.5]
-    at = {name: place for place, name in enumerate(names)}
     num = len(names)
-    # Features of the outcomes (left, right, tie) in the parameters (strengths, position, tie).
-    features_NOP = np.zeros((len(votes), 3, num + 2))
-    for row, vote in enumerate(votes):
-        left, right = at[vote.left], at[vote.right]
-        features_NOP[row, 0, left] = features_NOP[row, 1, right] = 1.0
-        features_NOP[row, 2, [left, right]] = 0.5
-    if position:
-        features_NOP[:, 0, num], features_NOP[:, 1, num] = 0.5, -0.5
-    features_NOP[:, 2, num + 1] = 1.0
-    if not has_ties:
-        features_NOP = features_NOP[:, :2]
-    chosen_N = np.array([{1.0: 0, 0.0: 1, 0.5: 2}[vote.outcome] for vote in votes], dtype=int)
-    theta_P, score_NP, hessian_PP = _multinomial_logit(features_NOP, chosen_N, ridge)
-
-    clusters = np.unique([vote.item for vote in votes], return_inverse=True)[1]
-    meat_CP = np.zeros((clusters.max() + 1, num + 2))
-    np.add.at(meat_CP, clusters, score_NP)
-    bread_PP = np.linalg.inv(hessian_PP)
-    centre_PP = np.eye(num + 2)
-    centre_PP[:num, :num] -= 1 / num
-    covariance_PP = centre_PP @ bread_PP @ (meat_CP.T @ meat_CP) @ bread_PP @ centre_PP.T
-    estimate_P, error_P = centre_PP @ theta_P, np.sqrt(np.maximum(np.diag(covariance_PP), 0))
-
-    from statistics import NormalDist
-
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    ends = [Interval(float(e), float(e - z * s), float(e + z * s)) for e, s in zip(estimate_P, error_P, strict=True)]
+    centre_QP = np.eye(num + 2)  # what is asked for: strengths less their mean, position, tie
+    centre_QP[:num, :num] -= 1 / num
+    posterior = _Posterior(votes, names, position=position, ties=has_ties, prior=prior, prior_QP=centre_QP)
+    theta_P = posterior.mode(np.zeros(num + 2))
+    effect_Q, z = _design_effects(votes, posterior, theta_P, centre_QP, level)
     nothing = Interval(MISSING, MISSING, MISSING)
+    asked = [True] * num + [position, has_ties]
+    ends = [
+        posterior.interval(theta_P, centre_QP[q], z * math.sqrt(effect_Q[q])) if asked[q] else nothing
+        for q in range(num + 2)
+    ]
     return Strengths(
-        strength=dict(zip(names, ends[:num], strict=True)),
-        position=ends[num] if position else nothing,
-        tie=ends[num + 1] if has_ties else nothing,
-        votes=len(votes),
+        strength=dict(zip(names, ends[:num], strict=True)), position=ends[num], tie=ends[num + 1], votes=len(votes)
     )
 
 
-def _multinomial_logit(features_NOP: Array, chosen_N: Array, ridge: float) -> tuple[Array, Array, Array]:
-    """(parameters, score of each row, Hessian with the ridge) at the maximum; the likelihood is concave."""
-    rows = np.arange(len(chosen_N))
-    theta_P = np.zeros(features_NOP.shape[2])
-    ridge_PP = ridge * np.eye(len(theta_P))
+class _Posterior:
+    """Log posterior of the parameters (strengths, position, tie); equal votes are counted once, with their number."""
 
-    def state(theta_P: Array) -> tuple[float, Array]:
-        logits_NO = features_NOP @ theta_P
-        logits_NO = logits_NO - logits_NO.max(1, keepdims=True)
-        log_p_NO = logits_NO - np.log(np.exp(logits_NO).sum(1, keepdims=True))
-        return float(log_p_NO[rows, chosen_N].sum() - ridge / 2 * theta_P @ theta_P), np.exp(log_p_NO)
+    def __init__(
+        self,
+        votes: Sequence[Comparison],
+        names: Sequence[str],
+        *,
+        position: bool,
+        ties: bool,
+        prior: float,
+        prior_QP: Array,
+    ) -> None:
+        at, num = {name: place for place, name in enumerate(names)}, len(names)
+        cells: dict[tuple[str, str, float], int] = {}
+        self.cell_of_N = np.array(
+            [cells.setdefault((v.left, v.right, v.outcome), len(cells)) for v in votes], dtype=int
+        )
+        self.count_C = np.bincount(self.cell_of_N, minlength=len(cells)).astype(float)
+        self.chosen_C = np.array([{1.0: 0, 0.0: 1, 0.5: 2}[outcome] for _, _, outcome in cells], dtype=int)
+        features_COP = np.zeros((len(cells), 3, num + 2))  # of the outcomes left, right, tie
+        for row, (left, right, _) in enumerate(cells):
+            features_COP[row, 0, at[left]] = features_COP[row, 1, at[right]] = 1.0
+            features_COP[row, 2, [at[left], at[right]]] = 0.5
+        if position:
+            features_COP[:, 0, num], features_COP[:, 1, num] = 0.5, -0.5
+        features_COP[:, 2, num + 1] = 1.0
+        self.features_COP = features_COP if ties else features_COP[:, :2]
+        self.prior, self.prior_QP = prior, prior_QP
+        # What no vote says, the mean of the strengths, is held at 0; a tiny ridge holds the rest where there is no prior either.
+        self.ridge_PP = RIDGE * np.eye(num + 2)
+        self.ridge_PP[:num, :num] += 1 / num
 
-    value, p_NO = state(theta_P)
-    for _ in range(200):
-        mean_NP = np.einsum("no,nop->np", p_NO, features_NOP)
-        score_NP = features_NOP[rows, chosen_N] - mean_NP
-        second_PP = np.einsum("no,nop,noq->pq", p_NO, features_NOP, features_NOP, optimize=True)
-        hessian_PP = second_PP - mean_NP.T @ mean_NP + ridge_PP
-        step_P = np.linalg.solve(hessian_PP, score_NP.sum(0) - ridge * theta_P)
-        size = 1.0
-        while (new := state(theta_P + size * step_P))[0] < value - 1e-12 and size > 1e-8:
-            size /= 2  # Newton overshoots where a model has won or lost almost everything
-        theta_P = theta_P + size * step_P
-        value, p_NO = new
-        if np.abs(size * step_P).max() < 1e-10:
-            break
-    return theta_P, score_NP, hessian_PP
+    def value(self, theta_P: Array) -> float:
+        """The log posterior."""
+        u_Q = self.prior_QP @ theta_P
+        believed = -self.prior * (np.logaddexp(0, u_Q) + np.logaddexp(0, -u_Q)).sum()
+        logits_CO = self.features_COP @ theta_P
+        logits_CO -= np.logaddexp.reduce(logits_CO, axis=1, keepdims=True)
+        said = (self.count_C * logits_CO[np.arange(len(self.chosen_C)), self.chosen_C]).sum()
+        return float(said + believed - theta_P @ self.ridge_PP @ theta_P / 2)
+
+    def slopes(self, theta_P: Array) -> tuple[Array, Array, Array]:
+        """(gradient (P,), negative Hessian (P, P), score of one vote in each cell (C, P)) at a point."""
+        logits_CO = self.features_COP @ theta_P
+        p_CO = np.exp(logits_CO - np.logaddexp.reduce(logits_CO, axis=1, keepdims=True))
+        mean_CP = (p_CO[:, :, None] * self.features_COP).sum(1)
+        score_CP = self.features_COP[np.arange(len(self.chosen_C)), self.chosen_C] - mean_CP
+        flat_FP = self.features_COP.reshape(-1, len(theta_P))
+        second_PP = (flat_FP * (p_CO * self.count_C[:, None]).reshape(-1, 1)).T @ flat_FP
+        half_Q = np.tanh(self.prior_QP @ theta_P / 2)
+        gradient_P = self.count_C @ score_CP - self.prior * half_Q @ self.prior_QP - self.ridge_PP @ theta_P
+        hessian_PP = second_PP - (mean_CP * self.count_C[:, None]).T @ mean_CP + self.ridge_PP
+        hessian_PP += (self.prior_QP * (self.prior * (1 - half_Q**2) / 2)[:, None]).T @ self.prior_QP
+        return gradient_P, hessian_PP, score_CP
+
+    def mode(self, theta_P: Array, hold_P: Array | None = None) -> Array:
+        """The best point, by Newton's method from `theta_P` on; with `hold_P` the best with this sum of parameters as it is there."""
+        value, size = self.value(theta_P), len(theta_P)
+        for _ in range(100):
+            gradient_P, system, _ = self.slopes(theta_P)
+            if hold_P is not None:
+                system = np.block([[system, hold_P[:, None]], [hold_P[None], np.zeros((1, 1))]])
+                gradient_P = np.append(gradient_P, 0.0)
+            step_P, length = np.linalg.solve(system, gradient_P)[:size], 1.0
+            while (new := self.value(theta_P + length * step_P)) < value - 1e-12 and length > 1e-8:
+                length /= 2  # Newton overshoots where a model has won or lost almost everything
+            risen, theta_P, value = new - value, theta_P + length * step_P, new
+            if np.abs(length * step_P).max() < 1e-9 or risen < 1e-11:
+                break
+        return theta_P
+
+    def interval(self, best_P: Array, asked_P: Array, z: float) -> Interval:
+        """The profile interval of one sum of parameters: as far as twice the log posterior falls by z squared."""
+        middle = float(asked_P @ best_P)
+        if not math.isfinite(z):
+            return Interval(middle, MISSING, MISSING)
+        along_P = np.linalg.solve(self.slopes(best_P)[1], asked_P)
+        error, top = math.sqrt(max(float(asked_P @ along_P), 1e-12)), self.value(best_P)
+        along_P = along_P / (asked_P @ along_P)  # a unit of what is asked for
+        ends = []
+        for side in (-1.0, 1.0):
+            away, theta_P = side * z * error, best_P
+            for _ in range(60):
+                theta_P = self.mode(theta_P + (middle + away - asked_P @ theta_P) * along_P, asked_P)
+                fallen = math.sqrt(max(2 * (top - self.value(theta_P)), 1e-12))
+                if abs(fallen - z) < 1e-4 * z or abs(away) > FARTHEST:
+                    break
+                away *= min(4.0, z / fallen)  # the root of the fall is nearly straight
+            ends.append(middle + away)
+        return Interval(middle, *ends)
+
+
+def _design_effects(
+    votes: Sequence[Comparison], posterior: _Posterior, theta_P: Array, asked_QP: Array, level: float
+) -> tuple[Array, float]:
+    """How much votes on the same items widen each variance, at least 1, and the quantile that fits the number of items."""
+    clusters_N = np.unique([vote.item for vote in votes], return_inverse=True)[1]
+    items = int(clusters_N.max()) + 1
+    if items == len(votes):
+        return np.ones(len(asked_QP)), NormalDist().inv_cdf((1 + level) / 2)
+    if items == 1:
+        return np.ones(len(asked_QP)), math.inf
+    _, hessian_PP, score_CP = posterior.slopes(theta_P)
+    meat_GP = np.zeros((items, len(theta_P)))
+    np.add.at(meat_GP, clusters_N, score_CP[posterior.cell_of_N])
+    bread_QP = asked_QP @ np.linalg.inv(hessian_PP)
+    robust_Q = ((bread_QP @ meat_GP.T) ** 2).sum(1) * items / (items - 1)
+    model_Q = np.maximum((bread_QP * asked_QP).sum(1), 1e-12)
+    return np.maximum(robust_Q / model_Q, 1.0), student_quantile((1 + level) / 2, items - 1)
 
 
 def win_probability(strengths: Strengths, a: str, b: str) -> float:

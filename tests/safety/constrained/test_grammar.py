@@ -7,7 +7,7 @@ import torch
 
 from plumbline.policy_models.chat import stop_ids
 from plumbline.policy_models.rollout.generation import DecodeRow, generate
-from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor
+from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor, _llguidance, _xgrammar
 
 pytest.importorskip("llguidance")
 SCHEMA = {
@@ -95,3 +95,51 @@ def test_what_cannot_be_held_is_refused_before_decoding(tiny):
         GrammarProcessor(Grammar.lark("start: nothing"), tokenizer, [2], model.config.vocab_size)
     with pytest.raises(ValueError, match="engine"):
         GrammarProcessor(GRAMMARS["regex"], tokenizer, [2], model.config.vocab_size, "outlines")
+
+
+def _object(**why):
+    return Grammar.json_schema(
+        {"type": "object", "properties": {"why": why}, "required": ["why"], "additionalProperties": False}
+    )
+
+
+EDGES = [  # schema of a field, text, whether it is valid
+    (_object(type="string"), r'{"why":"a\nb \"q\" \\ /"}', True),
+    (_object(type="string", maxLength=40), r'{"why":"a\nb \"q\" \\ /"}', True),
+    (_object(type="string", maxLength=2), r'{"why":"\"\""}', True),
+    (_object(type="string", maxLength=2), r'{"why":"\"\"\""}', False),
+    (_object(type="string", maxLength=40), '{"why":"ok \U0001f44d \u05e2\u05d1"}', True),
+    (_object(type="string", maxLength=40), '{"why":"a\tb"}', False),
+    (_object(type="string"), '{"why":"a\tb"}', False),
+    (_object(type="string", pattern="b"), '{"why":"abc"}', True),
+    (_object(type="string", pattern="^[a-z]+$"), '{"why":"abc"}', True),
+    (_object(type="string", pattern="^[a-z]+$"), '{"why":"aBc"}', False),
+    (_object(enum=["n\u00e9", "ja"]), '{"why":"n\u00e9"}', True),
+    (_object(type="array"), '{"why":[1,"a",{"x":1,"y":[2,3]}]}', True),
+]
+
+
+def _takes(engine, grammar, text, model, tokenizer):
+    make = {"llguidance": _llguidance, "xgrammar": _xgrammar}[engine]
+    matcher = make(grammar, tokenizer, stop_ids(model, tokenizer), model.config.vocab_size)()
+    return all(map(matcher.accept, tokenizer.encode(text, add_special_tokens=False))) and matcher.complete()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("grammar, text, valid", EDGES)
+def test_both_engines_take_what_the_check_calls_valid(tiny, engine, grammar, text, valid):
+    pytest.importorskip(engine)
+    assert (grammar.problem(text) is None) == valid == _takes(engine, grammar, text, *tiny)
+
+
+def test_escapes_of_letters_are_valid_and_xgrammar_takes_them(tiny):
+    pytest.importorskip("xgrammar")  # llguidance asks for the letters themselves
+    for text in (r'{"why":"caf\u00e9"}', r'{"why":"\ud83d\udc4d"}'):
+        for grammar in (_object(type="string"), _object(type="string", maxLength=20)):
+            assert grammar.problem(text) is None and _takes("xgrammar", grammar, text, *tiny)
+
+
+def test_a_pattern_that_cannot_be_written_for_the_whole_text_is_refused(tiny):
+    pytest.importorskip("xgrammar")
+    with pytest.raises(ValueError, match="whole text"):
+        _takes("xgrammar", _object(type="string", pattern="^a|b$"), '{"why":"a"}', *tiny)
