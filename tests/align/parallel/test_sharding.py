@@ -80,7 +80,7 @@ def launch(folder: Path, runs: list[dict], *, sharded: bool) -> None:
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     done = subprocess.run(
         [*command, str(folder / "train.py"), json.dumps(flags)],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=170,
+        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -410,7 +410,7 @@ def torchrun(path, port, *runs):
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=600,
     )
 
 
@@ -519,7 +519,7 @@ def killed_runs(tmp_path_factory):
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=170,
+            timeout=600,
         )
 
     whole = launch(*[values(name, "whole") for name in KILLED_RUNS])
