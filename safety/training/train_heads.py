@@ -358,12 +358,13 @@ class Trainer:
 
     def refusal(self) -> tuple[list[Head], dict[str, Any]]:
         examples = head_data.starter_refusals(self.starter) + list(head_data.written_refusals(self.starter))
+        examples += list(head_data.refusals_of_a_small_model(self.starter))
         examples += list(head_data.public_answers(self.data))
 
         def features(rows: Sequence[Example]) -> np.ndarray:
             return refusal.refusal_features(self.embedder, [e.prompt for e in rows], [e.text for e in rows])
 
-        dev = lambda e: e.source in {"starter", "stock", "lookalike"}  # noqa: E731
+        dev = lambda e: e.source in {"starter", "stock", "lookalike", "decline", "opened", "own"}  # noqa: E731
         head, figures = train_binary("refusal", refusal.FEATURES, examples, features(examples), dev)
         if rows := self.tests["xstest_completions"]:
             p, y = head.predict(features(rows)), np.array([e.label for e in rows])
