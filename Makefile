@@ -36,8 +36,9 @@ label: .venv/.core ## the labelling app at http://127.0.0.1:7861
 	$(BIN)/plumbline label
 
 # One thread a process and a process a core: small models gain more from a second test than from a second thread.
+# The files come in the order of tests/conftest.py, slow ones first; xdist would put those with many tests first.
 test: .venv/.dev ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-transformers: .venv/.dev ## transformers' own common model tests on the policy model, about four minutes
 	$(BIN)/python tests/transformers_suite/run.py

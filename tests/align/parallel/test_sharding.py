@@ -18,13 +18,25 @@ from plumbline.align.parallel.sharding import asks_for_shards, mesh_of
 from plumbline.align.rl.inputs import check_sharding
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+PROMPTS = [
+    "Hi",
+    "Name a tree.",
+    "What is 2 + 2?",
+    "Sing!",
+    "Tell me about rice and beans",
+    "Why?",
+    "Go on",
+    "A long day",
+]
 
-# Trains as a user's script would; notes how many micro-batches each rank had, and what share of the layers it held.
+# Trains as a user's script would, once for each list of flags in its argument, so that torch is imported once for all of
+# them; notes how many micro-batches each rank had, and what share of the layers it held.
 SCRIPT = """
 import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
+from accelerate import Accelerator
 from plumbline.align import ppo
 from plumbline.align.runtime.launch import parse_settings
 from plumbline.align.parallel.sharding import is_shard
@@ -36,7 +48,6 @@ class Share:
     def __call__(self, prompts, answers):
         return [sum(c.islower() for c in a) / max(len(a), 1) for a in answers]
 
-noted = {"packs": [], "slow": []}
 class PPO(ppo.PPO):
     def fill_up(self, packs):
         noted["packs"].append(len(packs))
@@ -45,31 +56,33 @@ class PPO(ppo.PPO):
         noted["of"] = [p.numel() for p in self.actors.lm.base_model.layers.parameters()]
         return filled
 ppo.PPO = PPO
-generation._tell_once = noted["slow"].append
 
-(settings,) = parse_settings((ppo.PPOSettings,))
-ppo.train(settings, reward=CompositeReward([(Share(), 1.0)]))
-Path(settings.output_dir, f"noted-{os.environ['RANK']}.json").write_text(json.dumps(noted))
+Accelerator.end_training = lambda self: None  # it closes the process group, which the next run still needs
+for flags in json.loads(sys.argv[1]):
+    noted = {"packs": [], "slow": []}
+    generation._tell_once = noted["slow"].append
+    (settings,) = parse_settings((ppo.PPOSettings,), flags)
+    ppo.train(settings, reward=CompositeReward([(Share(), 1.0)]))
+    Path(settings.output_dir, f"noted-{os.environ['RANK']}.json").write_text(json.dumps(noted))
 """
 
 
-def launch(folder: Path, values: dict, *, sharded: bool) -> list[dict]:
-    """Two processes; what each of them noted."""
+def launch(folder: Path, runs: list[dict], *, sharded: bool) -> None:
+    """Two processes that train with each of the settings in turn."""
     (folder / "train.py").write_text(SCRIPT)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    flags = [piece for name, value in values.items() for piece in (f"--{name}", str(value))]
+    flags = [[piece for name, value in values.items() for piece in (f"--{name}", str(value))] for values in runs]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     if sharded:
         environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     done = subprocess.run(
-        [*command, str(folder / "train.py"), *flags],
-        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=170,
+        [*command, str(folder / "train.py"), json.dumps(flags)],
+        env=environment, cwd=REPOSITORY, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((Path(values["output_dir"]) / f"noted-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def metrics(run: Path) -> list[dict]:
@@ -77,18 +90,40 @@ def metrics(run: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "perf/"))} for row in rows]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["llama", "moe"])
-def test_F11_sharded_layers_learn_what_whole_models_learn_and_resume_to_the_bit(model, tiny, tmp_path, prompts_file):
+MODELS = ["llama", "moe"]
+
+
+@pytest.fixture(scope="module")
+def sharded_runs(tiny, tmp_path_factory) -> Path:
+    """A folder with <model>/whole, <model>/shards, and <model>/resumed: the shards' run, gone on with from its step 1."""
+    folder = tmp_path_factory.mktemp("sharded")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in PROMPTS), encoding="utf-8")
     values = {
-        "model": tiny(model), "prompts_file": prompts_file, "eval_prompts_file": prompts_file, "lora": "false",
+        "prompts_file": prompts, "eval_prompts_file": prompts, "lora": "false",
         "dtype": "float32", "steps": 3, "rollouts_per_step": 8, "minibatches": 1, "ppo_epochs": 2, "save_every": 1,
         "max_prompt_tokens": 120, "max_new_tokens": 24, "tokens_per_micro_batch": 144, "scaling_prompts": 8,
         "fluency_weight": 0, "policy_lr": 1e-3, "keep_checkpoints": 3, "gradient_checkpointing": "true",
     }  # fmt: skip
-    whole, shards = tmp_path / "whole", tmp_path / "shards"
-    launch(tmp_path, values | {"output_dir": whole}, sharded=False)
-    noted = launch(tmp_path, values | {"output_dir": shards}, sharded=True)
+
+    def runs(name: str) -> list[dict]:
+        return [values | {"model": tiny(model), "output_dir": folder / model / name} for model in MODELS]
+
+    launch(folder, runs("whole"), sharded=False)
+    launch(folder, runs("shards"), sharded=True)
+    for model in MODELS:
+        shutil.copytree(folder / model / "shards", folder / model / "resumed")
+        for step in (2, 3):
+            shutil.rmtree(folder / model / "resumed" / "checkpoints" / f"step-00000{step}")
+    launch(folder, [one | {"resume": "true"} for one in runs("resumed")], sharded=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_F11_sharded_layers_learn_what_whole_models_learn_and_resume_to_the_bit(model, tiny, sharded_runs):
+    whole, shards = sharded_runs / model / "whole", sharded_runs / model / "shards"
+    noted = [json.loads((shards / f"noted-{rank}.json").read_text()) for rank in (0, 1)]
     assert noted[0]["packs"] != noted[1]["packs"]  # so that a collective inside a forward would have hung
     assert not noted[0]["slow"] and not noted[1]["slow"]  # answers came from the rollout engine
     assert all(sum(rank["held"]) < 0.6 * sum(rank["of"]) for rank in noted)
@@ -105,11 +140,7 @@ def test_F11_sharded_layers_learn_what_whole_models_learn_and_resume_to_the_bit(
         start["model.layers.0.mlp.up_proj.weight"], same["model.layers.0.mlp.up_proj.weight"], atol=1e-4
     )
 
-    shutil.copytree(shards, tmp_path / "resumed")
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step-00000{step}")
-    launch(tmp_path, values | {"output_dir": tmp_path / "resumed", "resume": "true"}, sharded=True)
-    resumed = load_file(tmp_path / "resumed" / "model" / "model.safetensors")
+    resumed = load_file(sharded_runs / model / "resumed" / "model" / "model.safetensors")
     assert all(torch.equal(same[name], resumed[name]) for name in same)
 
 

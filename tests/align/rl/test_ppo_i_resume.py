@@ -327,7 +327,8 @@ def test_I3_evaluation_draws_the_same_each_time(make_ppo, prompts_file, tmp_path
 
 
 def script(tmp_path, body):
-    """A file that trains as a user's own script would, with a reward of its own."""
+    """A file that trains as a user's own script would, with a reward of its own; once for each list of flags in its
+    argument, so that torch is imported once for all of them."""
     path = tmp_path / "toy_run.py"
     path.write_text(
         textwrap.dedent(
@@ -336,6 +337,7 @@ def script(tmp_path, body):
             from pathlib import Path
             import torch
             torch.set_num_threads(1)
+            from accelerate import Accelerator
             from plumbline.align.runtime.launch import parse_settings
             from plumbline.align.ppo import PPOSettings, train
             from plumbline.reward import CompositeReward
@@ -353,16 +355,22 @@ def script(tmp_path, body):
         + textwrap.dedent(
             """
             if __name__ == "__main__":
-                (settings,) = parse_settings((PPOSettings,))
-                train(settings, reward=CompositeReward([(Share(), 1.0)]))
+                runs = json.loads(sys.argv[1])
+                if len(runs) > 1:
+                    Accelerator.end_training = lambda self: None  # it closes the process group that the next run needs
+                for flags in runs:
+                    Share.calls = 0
+                    (settings,) = parse_settings((PPOSettings,), flags)
+                    train(settings, reward=CompositeReward([(Share(), 1.0)]))
             """
         )
     )
     return path
 
 
-def arguments(settings_values):
-    return [piece for name, value in settings_values.items() for piece in (f"--{name}", str(value))]
+def argument(*runs):
+    """The argument of a script: the flags of each run."""
+    return json.dumps([[piece for name, value in run.items() for piece in (f"--{name}", str(value))] for run in runs])
 
 
 def environment():
@@ -395,15 +403,15 @@ def toy_values(tmp_path, prompts_file, **overrides):
     }
 
 
-def torchrun(path, values, port):
+def torchrun(path, port, *runs):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     return subprocess.run(
-        [*command, str(path), *arguments(values)],
+        [*command, str(path), argument(*runs)],
         env=environment(),
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=600,
     )
 
 
@@ -418,7 +426,7 @@ def test_F11_two_processes_draw_different_answers_and_end_with_equal_weights(tmp
                 out.write(json.dumps([call, prompts, answers]) + "\\n")
         """,
     )
-    done = torchrun(path, toy_values(tmp_path, prompts_file, steps=2, save_every=1, eval_every=0), free_port())
+    done = torchrun(path, free_port(), toy_values(tmp_path, prompts_file, steps=2, save_every=1, eval_every=0))
     assert done.returncode == 0, done.stderr[-3000:]
     heard = [[json.loads(line) for line in (tmp_path / f"heard-{r}.jsonl").read_text().splitlines()] for r in (0, 1)]
     assert len(heard[0]) == len(heard[1]) == 3  # the fit, then two rollouts
@@ -439,28 +447,32 @@ def test_F11_two_processes_draw_different_answers_and_end_with_equal_weights(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ppo_epochs", [1, 4])
-def test_F10_reward_rises_on_a_toy_task_with_two_processes(tmp_path, prompts_file, ppo_epochs):
-    """Write lower-case letters: a tenth of what a random model writes."""
-    values = toy_values(
-        tmp_path,
-        prompts_file,
-        model="bundled:tiny-llama",
-        lora="false",
-        steps=10,
-        rollouts_per_step=32,
-        ppo_epochs=ppo_epochs,
-        kl_coef=0.0,
-        save_every=0,
-        eval_every=0,
-        max_new_tokens=4,
-    )
-    del values["kl_target"]
-    done = torchrun(script(tmp_path, "def heard(*_): pass"), values, free_port())
+def test_F10_reward_rises_on_a_toy_task_with_two_processes(tmp_path, prompts_file):
+    """Write lower-case letters: a tenth of what a random model writes. With one pass over the rollouts, and with four."""
+    runs = {}
+    for ppo_epochs in (1, 4):
+        runs[ppo_epochs] = toy_values(
+            tmp_path,
+            prompts_file,
+            output_dir=str(tmp_path / f"epochs-{ppo_epochs}"),
+            model="bundled:tiny-llama",
+            lora="false",
+            steps=10,
+            rollouts_per_step=32,
+            ppo_epochs=ppo_epochs,
+            kl_coef=0.0,
+            save_every=0,
+            eval_every=0,
+            max_new_tokens=4,
+        )
+        del runs[ppo_epochs]["kl_target"]
+    done = torchrun(script(tmp_path, "def heard(*_): pass"), free_port(), *runs.values())
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][:-1]
-    scores = [row["reward/share_raw_mean"] for row in rows]
-    assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1, scores
+    for ppo_epochs in runs:
+        lines = (tmp_path / f"epochs-{ppo_epochs}" / "metrics.jsonl").read_text().splitlines()
+        scores = [json.loads(line)["reward/share_raw_mean"] for line in lines[:-1]]
+        assert len(scores) == 10
+        assert sum(scores[-3:]) / 3 > sum(scores[:3]) / 3 + 0.1, (ppo_epochs, scores)
 
 
 def free_port():
@@ -479,41 +491,59 @@ def heard(call, prompts, answers):
 """
 
 
-KILLED_RUNS = [{}, {"model": "bundled:tiny-llama", "lora": "false", "cost_component": "share", "policy_lr": 1e-3}]
+KILLED_RUNS = {
+    "lora-moe": {},
+    "full-dense-constraint": {
+        "model": "bundled:tiny-llama", "lora": "false", "cost_component": "share", "policy_lr": 1e-3,
+    },
+}  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("options", KILLED_RUNS, ids=["lora-moe", "full-dense-constraint"])
-def test_I1_resume_after_sigkill_equals_an_unbroken_run(tmp_path, prompts_file, options):
-    """Three processes of their own: one runs through, one is killed in a rollout after the checkpoint, one resumes."""
-    path = script(tmp_path, KILLED)
+@pytest.fixture(scope="module")
+def killed_runs(tmp_path_factory):
+    """A folder with <name>/whole, run through, and <name>/broken, killed in a rollout after the checkpoint and resumed.
 
-    def launch(folder, kill_at=0, **overrides):
-        values = toy_values(
-            tmp_path, prompts_file, steps=4, save_every=2, output_dir=str(tmp_path / folder), **options, **overrides
-        )
+    One process runs all that are whole, one for each is killed, and one resumes all.
+    """
+    folder = tmp_path_factory.mktemp("killed")
+    path, prompts = script(folder, KILLED), folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {n}"}) + "\n" for n in range(8)), encoding="utf-8")
+
+    def values(name, part, **overrides):
+        options = KILLED_RUNS[name] | overrides
+        return toy_values(folder, prompts, steps=4, save_every=2, output_dir=str(folder / name / part), **options)
+
+    def launch(*runs, kill_at=0):
         return subprocess.run(
-            [sys.executable, str(path), *arguments(values)],
+            [sys.executable, str(path), argument(*runs)],
             env=environment() | {"KILL_AT": str(kill_at)},
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
 
-    whole = launch("whole")
+    whole = launch(*[values(name, "whole") for name in KILLED_RUNS])
     assert whole.returncode == 0, whole.stderr[-3000:]
-    killed = launch("broken", kill_at=1 + 4)  # the fit, then rollouts 0 to 3: in that of step 3
-    assert killed.returncode == -signal.SIGKILL
-    assert latest_checkpoint(tmp_path / "broken").name == "step-000002"
-    resumed = launch("broken", resume="true")
+    for name in KILLED_RUNS:
+        killed = launch(values(name, "broken"), kill_at=1 + 4)  # the fit, then rollouts 0 to 3: in that of step 3
+        assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+        assert latest_checkpoint(folder / name / "broken").name == "step-000002"
+    resumed = launch(*[values(name, "broken", resume="true") for name in KILLED_RUNS])
     assert resumed.returncode == 0, resumed.stderr[-3000:]
-    assert_same_state(final_state(tmp_path / "whole", 4), final_state(tmp_path / "broken", 4))
-    weights = [next((tmp_path / name / "model").glob("*.safetensors")).read_bytes() for name in ("whole", "broken")]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KILLED_RUNS)
+def test_I1_resume_after_sigkill_equals_an_unbroken_run(killed_runs, name):
+    whole, broken = killed_runs / name / "whole", killed_runs / name / "broken"
+    assert_same_state(final_state(whole, 4), final_state(broken, 4))
+    weights = [next((run / "model").glob("*.safetensors")).read_bytes() for run in (whole, broken)]
     assert weights[0] == weights[1]
     rows = [
-        timeless([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()])
-        for name in ("whole", "broken")
+        timeless([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+        for run in (whole, broken)
     ]
     assert rows[0] == rows[1]
 
