@@ -246,8 +246,8 @@ class Guard:
 
         def checked(text: str, ours: bool = False) -> Verdict:
             item = ScanItem(text=text, stage=stage, system=system)
-            how = {"conversation": context, "own": is_user, "ours": ours}
-            return self._logged(self.scanning.check_batch([item], **how)[0])
+            found = self.scanning.check_batch([item], conversation=context, own=is_user, ours=ours)
+            return self._logged(found[0])
 
         def of_other(key: str, text: str) -> str:
             if key in ("tool_call_id", "id") and _ID.fullmatch(text) or not text.strip():
@@ -288,8 +288,7 @@ class Guard:
         masked = _each_text(message, lambda key, text: text if key == "role" else vault.mask(text))
         if digest not in conversation.shown and (only := self.scanning.redacting):
             item = ScanItem(text=masked["content"], stage=Stage.OUTPUT, system=system)
-            how = {"conversation": conversation, "own": False, "ours": True, "only": only}
-            verdict = self.scanning.check_batch([item], **how)[0]
+            verdict = self.scanning.check_batch([item], conversation=conversation, own=False, ours=True, only=only)[0]
             if any(one.rule in ("on_error", "max_chars") for one in verdict.fired):
                 verdicts[f"{Stage.OUTPUT} {at}"] = self._logged(verdict)
             cuts = self.scanning.cuts(verdict, len(item.text))

@@ -63,7 +63,7 @@ class Isolation:
 @lru_cache(maxsize=1)
 def isolation() -> Isolation:
     """The strongest isolation that works on this machine; each is tried with a program that must pass."""
-    reasons = []
+    reasons: list[str] = []
     for make in (_bubblewrap, _unshare, _own_user, _limits_only):
         try:
             way = make()

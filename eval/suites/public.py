@@ -76,7 +76,7 @@ def found_in(data: Path) -> dict[str, Callable[[], EvalTask]]:
 def _task(
     name: str, area: str, about: str, samples: Iterable[Sample], scorers: list, file: str, **more: Any
 ) -> EvalTask:
-    settings = {"name": name, "version": 2, "area": area, "about": about, "source": file} | more
+    settings: dict[str, Any] = {"name": name, "version": 2, "area": area, "about": about, "source": file} | more
     return EvalTask(samples=list(samples), scorers=scorers, **settings)
 
 

@@ -6,7 +6,7 @@ from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel
 
 from plumbline.apps.label.server.context import COOKIE, KNOWN, Annotator, Context, Name, Password, Store
-from plumbline.apps.label.store.accounts import KNOWN_DAYS, SESSION_DAYS
+from plumbline.apps.label.store.accounts import KNOWN_DAYS, SESSION_DAYS, SignInBrake
 from plumbline.apps.label.store.answers import CRITERIA, FLAG_REASONS, SKIP_REASONS, SPAN_LABELS, STRENGTHS
 
 router = APIRouter()
@@ -29,7 +29,7 @@ def sign_in(body: SignIn, request: Request, response: Response, context: Context
     address = request.client.host if request.client else ""
     browser = context.sessions.knows(request.cookies.get(KNOWN), body.name)
     place = (body.name, "browser", browser) if browser else (body.name, "address", address)
-    taken = [(context.name_brake, place, context.name_brake.take(place))]
+    taken: list[tuple[SignInBrake, Any, float]] = [(context.name_brake, place, context.name_brake.take(place))]
     if not browser:
         taken.append((context.address_brake, address, context.address_brake.take(address)))
     account = store.check_password(body.name, body.password)

@@ -24,6 +24,18 @@ from plumbline.apps.label.store.database import (
 from plumbline.apps.label.store.items import read_terms
 
 # In an order that foreign keys allow.
+# what reading a damaged or foreign file can raise
+DAMAGE: tuple[type[Exception], ...] = (
+    OSError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    zlib.error,
+)
 TABLES = ("setting", "account", "item", "response", "assignment", "judgement", "draft", "event", "export")
 _KEYS = {
     table: "seq" if table == "event" else "id" for table in TABLES if table not in ("setting", "draft")
@@ -80,18 +92,7 @@ def restore(database: Database, path: Path) -> dict[str, int]:
             return _fill(database, run, _entries(path))
     except BackupError as error:
         raise BackupError(f"{path}: {error}; nothing was restored") from None
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-        OverflowError,
-        zlib.error,
-        *_errors_of(database),
-    ) as error:
+    except (*DAMAGE, *_errors_of(database)) as error:
         said = " ".join(str(error).split())
         raise BackupError(
             f"{path}: not a whole backup ({type(error).__name__}: {said:.200}); nothing was restored"
