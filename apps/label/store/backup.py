@@ -23,8 +23,7 @@ from plumbline.apps.label.store.database import (
 )
 from plumbline.apps.label.store.items import read_terms
 
-# In an order that foreign keys allow.
-# what reading a damaged or foreign file can raise
+# What reading a damaged or foreign file can raise
 DAMAGE: tuple[type[Exception], ...] = (
     OSError,
     EOFError,
@@ -36,6 +35,7 @@ DAMAGE: tuple[type[Exception], ...] = (
     OverflowError,
     zlib.error,
 )
+# In an order that foreign keys allow.
 TABLES = ("setting", "account", "item", "response", "assignment", "judgement", "draft", "event", "export")
 _KEYS = {
     table: "seq" if table == "event" else "id" for table in TABLES if table not in ("setting", "draft")
