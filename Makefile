@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo debug label test test-transformers types check install-hooks wheel-check bench-gpu bench-peers clean
+.PHONY: help install demo debug label test test-transformers types check install-hooks wheel-check bench-gpu bench-peers docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -72,6 +72,12 @@ bench-peers: .venv/.core ## make .venv-peers with TRL 1.12
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
 	  > $$(.venv-peers/bin/python -c 'import site; print(site.getsitepackages()[0])')/plumbline.pth
 	.venv-peers/bin/python -m pip install --quiet --no-deps --ignore-installed trl==1.12.0
+
+# The site reads the sources without importing them, so torch is not needed here.
+docs: types ## the site, strict: no dead link, API reference from docstrings -> .make/site/index.html
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -c constraints.txt mkdocs-material 'mkdocstrings[python]'  # the extra [docs]
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean: ## remove runs and caches, keep .venv
 	rm -rf runs .pytest_cache .ruff_cache .mypy_cache

@@ -1,12 +1,7 @@
 """No link of a page leads nowhere, and every page can be reached from the README."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-from pages import PAGES, REPOSITORY, anchors, links, name  # noqa: E402
+from pages import PAGES, REPOSITORY, anchors, links, name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

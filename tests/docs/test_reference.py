@@ -2,11 +2,8 @@
 
 import importlib.util
 import re
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-from pages import REPOSITORY  # noqa: E402
+from pages import REPOSITORY
 
 SPEC = importlib.util.spec_from_file_location("print_settings", REPOSITORY / "docs" / "print_settings.py")
 print_settings = importlib.util.module_from_spec(SPEC)
