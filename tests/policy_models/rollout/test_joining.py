@@ -66,7 +66,11 @@ def run(decoder, arrivals, chunk):
             reading.append((who, decoder.stage(arrivals[who][1], arrivals[who][2])))
         work = [(s, min(chunk, len(s.ids) - s.done)) for _, s in reading]
         if work:
-            over = [(who, s, logits) for (who, s), logits in zip(reading, decoder.extend(work), strict=True) if s.done == len(s.ids)]
+            over = [
+                (who, s, logits)
+                for (who, s), logits in zip(reading, decoder.extend(work), strict=True)
+                if s.done == len(s.ids)
+            ]
             reading = [(who, s) for who, s in reading if s.done < len(s.ids)]
             for who, _, logits in over:
                 answers[who].append(int(pick(logits[None])))
@@ -102,7 +106,10 @@ ARRIVAL = st.tuples(st.integers(0, 30), st.integers(0, 4), st.sampled_from([None
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(drawn=st.lists(ARRIVAL, min_size=1, max_size=9), chunk=st.sampled_from([1, 7, 64]))
 def test_whoever_joins_or_leaves_each_gets_its_own_answer(source, drawn, chunk):
-    arrivals = [(at, PROMPTS[n], adapter if "+" in source else None, wanted) for at, n, adapter, wanted in sorted(drawn, key=lambda d: d[0])]
+    arrivals = [
+        (at, PROMPTS[n], adapter if "+" in source else None, wanted)
+        for at, n, adapter, wanted in sorted(drawn, key=lambda d: d[0])
+    ]
     with torch.inference_mode():
         got = run(decoder_of(source), arrivals, chunk)
     for (_, prompt, adapter, wanted), answer in zip(arrivals, got, strict=True):
