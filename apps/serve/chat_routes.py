@@ -35,7 +35,7 @@ def chat_routes(answering: Answering, deadline_s: float) -> APIRouter:
             return StreamingResponse(writer.events(answer), media_type="text/event-stream", headers=SSE_HEADERS)
 
         async def whole() -> JSONResponse:
-            return JSONResponse(await writer.body(await answering.begin(asked, whole=True)))
+            return JSONResponse(await writer.whole(await answering.begin(asked, whole=True)))
 
         return await while_connected(request, whole())
 
@@ -103,7 +103,7 @@ class _Writer:
             parts = reader.feed(part.text) if part.text else []
             yield part, parts + (reader.end() if part.finish is not None else [])
 
-    async def body(self, answer: Answer) -> dict[str, Any]:
+    async def whole(self, answer: Answer) -> dict[str, Any]:
         """The whole completion."""
         choices: list[dict[str, Any]] = [
             {

@@ -221,7 +221,8 @@ def _drainable(uvicorn: Any, config: Any, backend: Any, drain_s: float) -> Any:
             self.draining = True
             name = signal.Signals(sig).name
             print(f"{name}: finishing what was taken, at most {drain_s:g} s", file=sys.stderr, flush=True)
-            self._task = asyncio.get_running_loop().create_task(self._drain())
+            loop = asyncio.get_running_loop()
+            loop.call_soon_threadsafe(lambda: setattr(self, "_task", loop.create_task(self._drain())))
 
         async def _drain(self) -> None:
             backend.drain()

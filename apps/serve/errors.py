@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,7 @@ from starlette.exceptions import HTTPException
 
 from plumbline.apps.serve.engine.backend import ServeError
 
+_KINDS = ("str", "int", "float", "bool", "constrained-str", "constrained-int", "constrained-float")
 logger = logging.getLogger(__name__)
 
 
@@ -40,6 +42,17 @@ def event_of(error: Exception) -> str:
     return f"data: {json.dumps(body_of(error), ensure_ascii=False)}\n\n"
 
 
+def _clearest(errors: Sequence[Any]) -> Any:
+    """The first error; where a field may be one of several things, the one that got furthest into it."""
+    first = errors[0]
+    return max((one for one in errors if one["loc"][:2] == first["loc"][:2]), key=lambda one: len(one["loc"]))
+
+
+def _is_kind(part: Any) -> bool:
+    """Whether a part of a location names one of the things that a field may be, not a field."""
+    return isinstance(part, str) and (part in _KINDS or "[" in part or part[:1].isupper())
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """No answer of the server is an error in another shape, and none holds a traceback or the text of a request."""
 
@@ -49,8 +62,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part != "body"]
+        first = _clearest(error.errors())
+        where = [str(part) for part in first["loc"] if part != "body" and not _is_kind(part)]
         param = ".".join(where) or None
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "json_invalid":

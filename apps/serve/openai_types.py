@@ -3,6 +3,7 @@
 Fields that change no answer (`user`, `metadata`, `service_tier`, `safety_identifier`, `prompt_cache_key`) are taken and not used.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -26,6 +27,21 @@ class Strict(BaseModel):
         return (
             {name: value for name, value in values.items() if value is not None} if isinstance(values, dict) else values
         )
+
+
+class Body(Strict):
+    """A whole request: all of its text can be written in UTF-8."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_unicode(cls, values: Any) -> Any:
+        try:
+            json.dumps(values, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("the request holds half of a surrogate pair, which is no character") from None
+        except RecursionError:
+            raise ValueError("the request is nested too deeply") from None
+        return values
 
 
 def _only_text(part: Any) -> Any:
@@ -142,7 +158,7 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class Drawn(Strict):
+class Drawn(Body):
     """What both kinds of completion share."""
 
     model: str = Field(max_length=500)
@@ -245,7 +261,7 @@ class CompletionRequest(Drawn):
         return list(self.prompt)  # type: ignore[arg-type]
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(Body):
     """POST /v1/embeddings."""
 
     model: str = Field(max_length=500)
@@ -255,7 +271,7 @@ class EmbeddingRequest(Strict):
     user: str | None = None
 
 
-class ModerationRequest(Strict):
+class ModerationRequest(Body):
     """POST /v1/moderations."""
 
     input: (

@@ -81,6 +81,7 @@ class ToolReader:
     def __init__(self, notation: str, names: Sequence[str]) -> None:
         self.notation, self.names = notation, set(names)
         self._held = ""
+        self._after_call = False  # the line ends between calls belong to the notation
 
     def feed(self, text: str) -> list[str | ToolCall]:
         """What is settled after more text."""
@@ -108,6 +109,9 @@ class ToolReader:
     def _hermes(self, *, final: bool) -> list[str | ToolCall]:
         out: list[str | ToolCall] = []
         while True:
+            if self._after_call:
+                self._held = self._held.lstrip("\n")
+                self._after_call = not self._held
             at = self._held.find(OPEN)
             if at < 0:
                 keep = 0 if final else _overlap(self._held, OPEN)
@@ -124,7 +128,7 @@ class ToolReader:
             if said.strip() or not calls:
                 out.append(said)
             out += calls
-            self._held = self._held[stop:].lstrip("\n") if calls else self._held[stop:]
+            self._held, self._after_call = self._held[stop:], bool(calls)
 
     def _until_the_end(self) -> list[str | ToolCall]:
         """Text goes out at once unless the answer may be a call, which is known from how it begins."""

@@ -103,16 +103,17 @@ class Batch:
         assert 0 < job.n <= self.free and job.ids
         self.reading.append(_Reading(job))
 
+    @torch.inference_mode()
     def step(self) -> None:
         """One token further for every answer, some further for the prompts."""
         self._sweep()
-        with torch.inference_mode():
-            self._read()
-            if self.rows:
-                tokens = torch.tensor([row.answer[-1] for row in self.rows], device=self.decoder.device)
-                self._draw(self.rows, self.decoder.step(tokens))
-                self._leave()
+        self._read()
+        if self.rows:
+            tokens = torch.tensor([row.answer[-1] for row in self.rows], device=self.decoder.device)
+            self._draw(self.rows, self.decoder.step(tokens))
+            self._leave()
 
+    @torch.inference_mode()
     def fail(self, error: ServeError) -> None:
         """Ends everything that is under way with an error."""
         for job in {*(row.job for row in self.rows), *(reading.job for reading in self.reading)}:

@@ -1,7 +1,6 @@
 """A model on this machine as a backend: chat template, grammars and adapters around the scheduler."""
 
 import asyncio
-import copy
 import json
 import logging
 import re
@@ -172,8 +171,6 @@ class LocalBackend:
         )  # as long as somebody reads it
         self._loop: asyncio.AbstractEventLoop | None = None
         self.scheduler = Scheduler(batch, queue_limit=settings.queue, wake=self._wake)
-        self._plain = copy.deepcopy(tokenizer)  # reads special tokens as the characters they are written in
-        self._plain.backend_tokenizer.encode_special_tokens = True
         self._encoding = threading.Lock()  # tokenizers change their own settings while they encode
 
     def served(self) -> list[Served]:
@@ -328,8 +325,10 @@ class LocalBackend:
             ids: list[int] = []
             for part in re.split(f"([{''.join(typed)}])", text):
                 if part:
-                    tokenizer = self._plain if part in typed else self.tokenizer
-                    ids += tokenizer(typed.get(part, part), add_special_tokens=False)["input_ids"]
+                    read = self.tokenizer(
+                        typed.get(part, part), add_special_tokens=False, split_special_tokens=part in typed
+                    )
+                    ids += read["input_ids"]
             return ids
 
 
