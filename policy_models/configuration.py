@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
+ROUTER_NAMES = ["softmax", "sigmoid", "capacity", "progressive", "grouped"]  # router.py: `register_router` adds one
+
 
 class MoEPolicyConfig(PreTrainedConfig):
     """Sizes and routing of a `MoEPolicyModel`.
@@ -31,7 +33,7 @@ class MoEPolicyConfig(PreTrainedConfig):
         routed_scaling_factor: what the weights of the chosen experts are multiplied by after that. Fine-grained experts
             (slices of an MLP) take the number of slices, which upcycling sets.
         shared_expert_intermediate_size: inner width of a shared expert that serves every token; 0 is none.
-        router: "softmax", "sigmoid", "capacity", "progressive" or "grouped"; see docs/policy_model.md.
+        router: "softmax", "sigmoid", "capacity", "progressive" or "grouped", see docs/policy_model.md; or one of `register_router`.
         router_bias_update_rate: step of the bias of "sigmoid" after each optimizer step.
         router_capacity_factor: capacity of "capacity" over the even load, at least 1.
         router_candidates: experts that the first stage of "progressive" hands to the second; None is twice
@@ -194,9 +196,8 @@ class MoEPolicyConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative; 0 turns the loss off")
 
     def _check_router(self) -> None:
-        known = ("softmax", "sigmoid", "capacity", "progressive", "grouped")
-        if self.router not in known:
-            raise ValueError(f"router={self.router!r} is not one of {', '.join(known)}")
+        if self.router not in ROUTER_NAMES:
+            raise ValueError(f"router={self.router!r} is not one of {', '.join(ROUTER_NAMES)}")
         if self.routed_scaling_factor <= 0:
             raise ValueError(f"routed_scaling_factor={self.routed_scaling_factor!r} must be positive")
         if self.shared_expert_intermediate_size < 0:

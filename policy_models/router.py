@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers import initialization as init
 
-from plumbline.policy_models.configuration import MoEPolicyConfig
+from plumbline.policy_models.configuration import ROUTER_NAMES, MoEPolicyConfig
 
 
 class Router(nn.Module):
@@ -362,6 +362,18 @@ ROUTERS: dict[str, type[Router]] = {
     "progressive": ProgressiveRouter,
     "grouped": GroupedRouter,
 }
+
+
+def register_router(name: str, router: type[Router]) -> None:
+    """Lets `router=name` of a config mean this class, in this process: import its module before such a model is loaded.
+
+    ValueError for a name that is taken by another class.
+    """
+    if ROUTERS.get(name, router) is not router:
+        raise ValueError(f"router {name!r} is {ROUTERS[name].__name__} already; choose another name")
+    ROUTERS[name] = router
+    if name not in ROUTER_NAMES:
+        ROUTER_NAMES.append(name)
 
 
 def routers(model: nn.Module) -> list[Router]:

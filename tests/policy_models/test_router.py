@@ -9,12 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from plumbline.policy_models import MoEPolicyConfig
+from plumbline.policy_models.configuration import ROUTER_NAMES
 from plumbline.policy_models.router import (
     ROUTERS,
     RouterBalance,
     freeze_routers,
     place,
     record_routes,
+    register_router,
     replay_routes,
     routers,
 )
@@ -380,3 +382,20 @@ def test_frozen_routers_do_not_learn(policy):
 def test_settings_that_clash_are_refused(config, options, message):
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_a_router_of_somebody_elses_has_a_name():
+    class Mine(ROUTERS["softmax"]):
+        pass
+
+    with pytest.raises(ValueError, match="router='mine' is not one of softmax"):
+        MoEPolicyConfig(router="mine")
+    with pytest.raises(ValueError, match="router 'sigmoid' is SigmoidRouter already; choose another name"):
+        register_router("sigmoid", Mine)
+    register_router("mine", Mine)
+    try:
+        register_router("mine", Mine)  # a module that is imported twice
+        assert MoEPolicyConfig(router="mine").router == "mine" and ROUTER_NAMES.count("mine") == 1
+    finally:
+        ROUTER_NAMES.remove("mine")
+        del ROUTERS["mine"]
