@@ -21,25 +21,28 @@ class ServeMetrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        add = {"registry": self.registry}
         self._first = Histogram(
             "gen_ai_server_time_to_first_token_seconds", "request received to first token", ["gen_ai_request_model"],
-            buckets=_SECONDS, **add,
+            buckets=_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._between = Histogram(
             "gen_ai_server_time_per_output_token_seconds", "between two tokens of an answer", ["gen_ai_request_model"],
-            buckets=_TOKEN_SECONDS, **add,
+            buckets=_TOKEN_SECONDS, registry=self.registry,
         )  # fmt: skip
         self._duration = Histogram(
-            "gen_ai_server_request_duration_seconds", "a whole request", ["route", "status"], buckets=_SECONDS, **add
+            "gen_ai_server_request_duration_seconds", "a whole request", ["route", "status"], buckets=_SECONDS, registry=self.registry
         )  # fmt: skip
         self._tokens = Counter(
-            "gen_ai_client_token_usage", "tokens", ["gen_ai_request_model", "gen_ai_token_type"], **add
+            "gen_ai_client_token_usage", "tokens", ["gen_ai_request_model", "gen_ai_token_type"], registry=self.registry
         )  # fmt: skip
-        self._verdicts = Counter("plumbline_verdicts", "verdicts of the guard", ["layer", "action"], **add)
-        self._findings = Counter("plumbline_findings", "findings of the guard", ["layer", "category"], **add)
+        self._verdicts = Counter(
+            "plumbline_verdicts", "verdicts of the guard", ["layer", "action"], registry=self.registry
+        )
+        self._findings = Counter(
+            "plumbline_findings", "findings of the guard", ["layer", "category"], registry=self.registry
+        )
         self._scanner_failures = Counter(
-            "plumbline_scanner_failures", "scanners that failed", ["scanner", "status"], **add
+            "plumbline_scanner_failures", "scanners that failed", ["scanner", "status"], registry=self.registry
         )
 
     def first_token(self, model: str, seconds: float) -> None:

@@ -6,7 +6,7 @@ raises ends the answer. What `x_guard` reports holds codes, scores and statuses,
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -128,7 +128,7 @@ class Answering:
         except ValueError as error:
             raise BadRequestError(str(error), param="messages") from error
         for name, verdict in turn.verdicts.items():
-            self.metrics.verdict(name.split()[0], verdict)
+            self.metrics.verdict(name.split()[0].rstrip(","), verdict)
         return turn
 
 
@@ -177,7 +177,7 @@ class Answer:
 
     # ------------------------------------------------------------------------------------------------- piece by piece
 
-    async def _pieces(self) -> AsyncIterator[Checked]:
+    async def _pieces(self) -> AsyncGenerator[Checked, None]:
         choices = [
             _Choice(self.turn.stream_check() if self._checks_output and self.turn else None)
             for _ in range(self.request.n)
@@ -204,7 +204,7 @@ class Answer:
         assert check is not None
         choice.logprobs += piece.logprobs
         before, seen = check.shown, len(check.verdicts)
-        due = len(check.said) + len(piece.text) - check.checked >= check.guard.every
+        due = len(check.waiting) + len(piece.text) >= check.guard.every
         safe = await asyncio.to_thread(check.feed, piece.text) if due else check.feed(piece.text)
         if piece.finish is not None and not check.stopped:
             if safe:
@@ -256,7 +256,7 @@ class Answer:
 
     # --------------------------------------------------------------------------------------------------- in one piece
 
-    async def _whole(self) -> AsyncIterator[Checked]:
+    async def _whole(self) -> AsyncGenerator[Checked, None]:
         """All of every answer is drawn first: for the reward model, for the fact check, or since nobody reads it before."""
         drawn = [_Choice() for _ in range(self.request.n * self.best_of)]
         async for piece in self._drawn():

@@ -94,7 +94,8 @@ class ChatMessage(Strict):
     def plain(self) -> dict[str, Any]:
         """As the guard and chat templates take it, with a text for content."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        out: dict[str, Any] = {"role": self.role, "content": content}
+        role = "system" if self.role == "developer" else self.role  # the newer name of the same
+        out: dict[str, Any] = {"role": role, "content": content}
         if self.tool_calls:
             out["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         return out | {k: v for k in ("name", "tool_call_id") if (v := getattr(self, k)) is not None}

@@ -26,7 +26,9 @@ class ForwardRows:
         """Sequences that take steps."""
         return len(self._rows)
 
-    def stage(self, ids: Sequence[int], adapter: Adapter = None, prefix: Prefix | None = None, shared: int = 0) -> Staged:
+    def stage(
+        self, ids: Sequence[int], adapter: Adapter = None, prefix: Prefix | None = None, shared: int = 0
+    ) -> Staged:
         """A prompt to be read, all of it: prefixes are not used here."""
         assert prefix is None and not shared and 0 < len(ids) <= self.num_positions
         return Staged(list(ids), adapter, of=DynamicCache(config=self.model.config))

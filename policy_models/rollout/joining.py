@@ -80,7 +80,9 @@ class JoiningDecoder(Decoder):
 
     # -------------------------------------------------------------------------------------------------- beside the cache
 
-    def stage(self, ids: Sequence[int], adapter: Adapter = None, prefix: Prefix | None = None, shared: int = 0) -> Staged:
+    def stage(
+        self, ids: Sequence[int], adapter: Adapter = None, prefix: Prefix | None = None, shared: int = 0
+    ) -> Staged:
         """A prompt to be read. Its first `shared` tokens are those of `prefix` and are copied; at least one is left to read."""
         assert 0 <= shared < len(ids) <= self.num_positions
         shape = (self._num_kv_heads, len(ids), self._head_dim)

@@ -79,8 +79,11 @@ class Piece:
 class Generation(Protocol):
     """A request that was taken. Iterate it for its pieces; `cancel` (harmless at any time) frees what it holds."""
 
-    prompt_tokens: int
-    cached_tokens: int
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    @property
+    def cached_tokens(self) -> int: ...
 
     def __aiter__(self) -> AsyncIterator[Piece]: ...
 

@@ -13,7 +13,6 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from jinja2 import TemplateError
 
 from plumbline.apps.serve.engine.backend import (
     BadRequestError,
@@ -29,8 +28,9 @@ from plumbline.apps.serve.engine.prefixes import PrefixCache
 from plumbline.apps.serve.engine.scheduler import Scheduler
 from plumbline.apps.serve.engine.text import Vocabulary
 from plumbline.apps.serve.tools import MARKS, forced_grammar, format_of
-from plumbline.policy_models.chat import stop_ids
-from plumbline.policy_models.loading import load_for_answers, load_tokenizer
+from plumbline.eval.targets.specs import source_and_adapter
+from plumbline.policy_models.chat import render, stop_ids
+from plumbline.policy_models.loading import attach_adapter, load_for_answers, load_tokenizer
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.rollout.decoder import compute_dtype, supports_fast_path
 from plumbline.policy_models.rollout.forward_rows import ForwardRows
@@ -39,7 +39,8 @@ from plumbline.policy_models.rollout.joining import JoiningDecoder
 from plumbline.safety.constrained.grammar import Grammar, GrammarProcessor
 
 logger = logging.getLogger(__name__)
-EXPERT = "plumbline-safety-expert"  # the adapter that leans first tokens; no request can name it
+# Adapters that no request can name: the one that leans first tokens, and the policy itself where it is an adapter.
+EXPERT, POLICY = "plumbline-safety-expert", "plumbline-policy"
 _PRIVATE = 0xE000  # characters that stand for special tokens which somebody typed
 
 
@@ -70,20 +71,24 @@ class EngineSettings:
 
 
 def load_local(source: str, adapters: Mapping[str, str], expert: str = "") -> tuple[Any, Any]:
-    """Model and tokenizer of a source, with adapters by name; ValueError with a sentence for what cannot be loaded."""
-    for name, folder in [*adapters.items(), *([(EXPERT, expert)] if expert else [])]:
+    """Model and tokenizer, with adapters by name; ValueError with a sentence for what cannot be loaded.
+
+    A source that is itself an adapter or a run folder is served as the adapter POLICY, unmerged: merging rounds a small
+    change of bf16 weights away.
+    """
+    base, policy = source_and_adapter(source)
+    named = {**({POLICY: policy} if policy else {}), **adapters, **({EXPERT: expert} if expert else {})}
+    for name, folder in named.items():
         if not (Path(folder) / "adapter_config.json").is_file():
             raise ValueError(f"adapter {name}={folder}: no adapter_config.json there; give a folder that PEFT wrote")
     try:
-        model: Any = load_for_answers(source)
-        tokenizer = load_tokenizer(source)
-        for name, folder in [*adapters.items(), *([(EXPERT, expert)] if expert else [])]:
+        model: Any = load_for_answers(base)
+        tokenizer = load_tokenizer(base)
+        for name, folder in named.items():
             if hasattr(model, "peft_config"):
                 model.load_adapter(folder, adapter_name=name)
             else:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, folder, adapter_name=name)
+                model = attach_adapter(model, folder, adapter_name=name)
     except (OSError, RuntimeError, KeyError, ImportError) as error:  # a damaged file, shapes that do not fit
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{source} cannot be loaded ({type(error).__name__}): {first}") from error
@@ -160,7 +165,10 @@ class LocalBackend:
         if settings.context > knows:
             raise ValueError(f"context={settings.context}: {name} has {knows} positions")
         self.context = settings.context or min(knows, 4096)
-        decoder, prefix_tokens = _decoder(model, settings.rows, self.context, adapters), settings.prefix_tokens
+        loaded = getattr(model, "peft_config", {})
+        self._policy = POLICY if POLICY in loaded else None
+        known = [*adapters, *([POLICY] if self._policy else [])]
+        decoder, prefix_tokens = _decoder(model, settings.rows, self.context, known), settings.prefix_tokens
         if isinstance(decoder, ForwardRows):
             prefix_tokens = 0
         batch = Batch(
@@ -244,7 +252,7 @@ class LocalBackend:
             drawing=drawing,
             max_tokens=wanted,
             n=request.n,
-            adapter=None if request.model == self.name else request.model,
+            adapter=self._policy if request.model == self.name else request.model,
             processors=[*self.processors, *self._grammar(request)],
             shown=MARKS if request.tools else (),
             deadline=time.monotonic() + request.deadline_s,
@@ -291,14 +299,10 @@ class LocalBackend:
         messages, typed = self._hide_special([_for_template(message) for message in request.messages])
         try:
             with self._encoding:
-                text = self.tokenizer.apply_chat_template(
-                    messages, tools=tools, add_generation_prompt=True, tokenize=False
-                )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise BadRequestError(
-                f"the chat template of {request.model} does not take these messages: {error}", param="messages"
-            ) from error
-        return self._tokens(str(text), typed)
+                text = render(self.tokenizer, messages, tools=tools, open_turn=True)
+        except (ValueError, AttributeError) as error:
+            raise BadRequestError(f"{request.model}: {error}", param="messages") from error
+        return self._tokens(text, typed)
 
     def _hide_special(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], dict[str, str]]:
         """Special tokens that somebody typed are characters: they must not open a turn of their own."""
@@ -346,8 +350,6 @@ def _decoder(model: Any, rows: int, context: int, adapters: Sequence[str]) -> Jo
 def _for_template(message: Mapping[str, Any]) -> dict[str, Any]:
     """OpenAI's message as templates of transformers take it: arguments of calls as objects, a text for content."""
     out = dict(message)
-    if out["role"] == "developer":
-        out["role"] = "system"
     if out.get("content") is None:
         out["content"] = ""
     if calls := out.get("tool_calls"):

@@ -114,7 +114,7 @@ def test_a_signal_lets_running_answers_end_and_refuses_new_ones():
             body = {
                 "model": "bundled:tiny-llama",
                 "prompt": "x",
-                "max_tokens": 400,
+                "max_tokens": 200,
                 "temperature": 0,
                 "stream": True,
                 "logit_bias": {"2": -100},
