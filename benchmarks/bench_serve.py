@@ -206,12 +206,16 @@ class Bench:
         append(self.args.csv, COLUMNS, [row])
         return load
 
-    def ours(self, name: str, *flags: str, clients: int | None = None, jobs: Sequence[Job] | None = None) -> Load:
-        """A load on a server of ours with these flags."""
+    def ours(self, name: str, *flags: str, alone: bool = False) -> tuple[Load, Load | None]:
+        """The load on a server of ours with these flags and, if `alone`, a quarter of it from one client."""
         port = free_port()
         sizes = ["--rows", str(self.args.clients), "--queue", "256", "--context", str(self.args.context)]
         with started(plumbline(self.args.model, port, *sizes, *flags), port, "/readyz"):
-            return self.load(name, port, self.args.model, jobs or self.jobs, clients or self.args.clients)
+            many = self.load(name, port, self.args.model, self.jobs, self.args.clients)
+            some = make_jobs(
+                max(4, len(self.jobs) // 4), self.args.longest, seed=1
+            )  # others: no prefix is known of them
+            return many, self.load(f"{name}, alone", port, self.args.model, some, 1) if alone else None
 
     def transformers_serve(self) -> Load | None:
         """The same load on `transformers serve`; None, with the reason, where it cannot be started."""

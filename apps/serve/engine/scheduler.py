@@ -115,6 +115,7 @@ class Scheduler:
 
     def _admit(self, stopping: bool) -> None:
         now = time.monotonic()
+        self._waiting = deque(job for job in self._waiting if not job.cancelled)
         for job in list(self._waiting):
             if job.deadline < now or stopping:
                 error: ServeError = DeadlineError("the deadline passed while the request waited for its turn")

@@ -293,3 +293,46 @@ def test_stopping_ends_what_is_under_way_with_a_reason():
             await collect(generation)
 
     run(asked())
+
+
+def test_a_run_folder_is_served_as_it_was_trained(tmp_path):
+    """Its adapter stays beside the base weights, and the answers are those of the merged model."""
+    import json
+    import shutil
+
+    from peft import LoraConfig, get_peft_model
+
+    from plumbline.apps.serve.engine.local_backend import EngineSettings, LocalBackend, load_local
+    from plumbline.policy_models.loading import attach_adapter, load_policy
+
+    torch.manual_seed(5)
+    trained = get_peft_model(
+        load_policy("bundled:tiny-llama"), LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj"])
+    )
+    with torch.no_grad():
+        for label, parameter in trained.named_parameters():
+            if "lora_B" in label:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    trained.save_pretrained(tmp_path / "run" / "model")
+    config = tmp_path / "run" / "model" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": "bundled:tiny-llama"}))
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "second")
+
+    async def asked():
+        model, tokenizer = load_local(str(tmp_path / "run"), {"second": str(tmp_path / "second")})
+        backend = LocalBackend(
+            model, tokenizer, name="run", adapters=["second"], settings=EngineSettings(rows=2, context=128)
+        )
+        answers = [await collect(await backend.submit(greedy("Hello there", name))) for name in ("run", "second")]
+        await backend.close()
+        assert [one.name for one in backend.served()] == ["run", "second"]
+        return [answer[0]["text"] for answer in answers]
+
+    merged = attach_adapter(load_policy("bundled:tiny-llama"), tmp_path / "second").merge_and_unload()
+    tokenizer = tiny()[1]
+    (want,) = generate(
+        merged, [tokenizer("Hello there")["input_ids"]], max_new_tokens=12, stop_ids=[2], pad_id=0, temperature=0.0
+    )
+    assert run(asked()) == [tokenizer.decode(want.ids, skip_special_tokens=True)] * 2
+    with pytest.raises(ValueError, match="holds no model/ and no config.json"):
+        load_local(str(tmp_path), {})
