@@ -55,6 +55,7 @@ COMMANDS = {
         "plumbline.apps.chat.command",
         "guarded chat in the browser: what each layer saw, redacted, steered and verified",
     ),
+    "serve": ("plumbline.apps.serve.command", "an OpenAI-compatible server of a model behind its guard"),
     "label": ("plumbline.apps.label.command", "the preference-labelling app: serve, accounts, import, export, backup"),
     "label-loop": (
         "plumbline.apps.label.loop",

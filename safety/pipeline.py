@@ -109,6 +109,11 @@ class Guard:
         """The verdict on one text, without a model; `context` is prompt, system, documents or conversation."""
         return self._logged(self.scanning.check(text, stage, **context))
 
+    def turn(self, prompt: str | Sequence[Message], *, conversation: Conversation | None = None) -> Turn:
+        """Checks what came in, for callers that ask the model themselves; what it says then goes through the Turn."""
+        messages, verdicts, talk, ms = self._input(prompt, conversation)
+        return Turn(self, messages, verdicts, talk, ms)
+
     # ------------------------------------------------------------------------------------------------------------ chat
 
     def chat(self, prompt: str | Sequence[Message], *, conversation: Conversation | None = None) -> GuardedAnswer:
@@ -358,6 +363,39 @@ class Guard:
             with self._log_lock, self._log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record(verdict)) + "\n")
         return verdict
+
+
+class Turn:
+    """A turn whose input was checked: `messages` are what the model may see, `blocked` is the verdict that forbids an answer.
+
+    Of each answer either the pieces go through a `stream_check`, or all of it goes through `finish`.
+    """
+
+    def __init__(
+        self,
+        guard: Guard,
+        messages: list[dict[str, str]],
+        verdicts: dict[str, Verdict],
+        conversation: Conversation,
+        ms: dict[str, float],
+    ) -> None:
+        self.guard, self.messages, self.verdicts, self.ms = guard, messages, verdicts, ms
+        self.conversation = conversation
+        self.blocked = _worst(verdicts)
+
+    def stream_check(self) -> StreamCheck:
+        """For one answer in pieces. Not with a fact check: a correction cannot be taken back."""
+        assert not self.guard.facts
+        return self.guard._stream_check(self.messages, self.conversation)
+
+    def finish(self, said: str) -> GuardedAnswer:
+        """A whole answer, after the fact check (where the guard has one) and the checks of answers."""
+        return self.guard._output(said, self.messages, dict(self.verdicts), self.conversation, dict(self.ms))
+
+    def refusal(self) -> GuardedAnswer:
+        """What is said in the place of an answer when the input is blocked."""
+        assert self.blocked
+        return _refused(self.blocked, self.verdicts, self.ms)
 
 
 class StreamCheck:

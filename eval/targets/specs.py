@@ -66,11 +66,15 @@ def open_target(
         if not Path(rest).is_file():
             raise ValueError(f"target {rest!r}: no such file of transcripts")
         return TranscriptTarget(name, rest)
-    source, adapter = _source_and_adapter(rest)
+    source, adapter = source_and_adapter(rest)
     return ModelTarget(name, source, adapter=adapter, dtype=dtype, device=device)
 
 
-def _source_and_adapter(spec: str) -> tuple[str, str | None]:
+def source_and_adapter(spec: str) -> tuple[str, str | None]:
+    """The model source and the adapter on it, if any, of a source, a run folder, an adapter or BASE+ADAPTER.
+
+    ValueError for a folder that is none of these.
+    """
     base, plus, adapter = spec.partition("+")
     if plus:
         if not (Path(adapter) / "adapter_config.json").is_file():
@@ -84,7 +88,7 @@ def _source_and_adapter(spec: str) -> tuple[str, str | None]:
         return _moved(str(named), folder), spec
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "model").is_dir():
-            return _source_and_adapter(str(folder / "model"))
+            return source_and_adapter(str(folder / "model"))
         inside = [str(one.parent) for one in sorted(folder.glob("*/model"))]
         hint = f"; did you mean {' or '.join(inside)}?" if inside else "; it holds no model/ and no config.json"
         raise ValueError(f"target {spec!r} is a folder without a model{hint}")

@@ -215,7 +215,8 @@ class Decoder:
         first = self._first
         assert first > 0, "a row has outgrown num_positions"
         for cache in (*self._keys, *self._values):
-            cache[:, :, : self.column - first] = cache[:, :, first : self.column].clone()
+            used = cache[: self.num_rows]
+            used[:, :, : self.column - first] = used[:, :, first : self.column].clone()
         self._start_B -= first
         self.column -= first
         self._see_rows()

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from plumbline.policy_models.rollout.generation import DecodeRow
 from plumbline.safety.constrained.rows import StateByRow
 
+_TOKENS: WeakKeyDictionary[PreTrainedTokenizerBase, dict[Any, Any]] = WeakKeyDictionary()  # of llguidance
 _EXTRA = "is missing; install the extra: pip install 'plumbline-rlhf[grammar]'"
 
 
@@ -145,7 +147,13 @@ def _llguidance(
     if tokenizer is None:
         tokens = llguidance.LLTokenizer("byte")
     else:
-        tokens = llguidance.hf.from_tokenizer(cast(Any, tokenizer), n_vocab=vocab_size, eos_token=sorted(set(stop_ids)))
+        ends = tuple(sorted(set(stop_ids)))
+        known = _TOKENS.setdefault(tokenizer, {})
+        if (vocab_size, ends) not in known:  # reading a vocabulary takes as long as drawing a short answer
+            known[vocab_size, ends] = llguidance.hf.from_tokenizer(
+                cast(Any, tokenizer), n_vocab=vocab_size, eos_token=list(ends)
+            )
+        tokens = known[vocab_size, ends]
     if problem := llguidance.LLMatcher.validate_grammar(compiled, tokens):
         raise ValueError(f"llguidance cannot hold this {grammar.kind} grammar: {problem}")
 

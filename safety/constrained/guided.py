@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 from transformers import DynamicCache
 
 from plumbline.policy_models.rollout.generation import DecodeRow
+from plumbline.policy_models.rollout.joining import only_adapter
 
 
 class OtherAdapter:
@@ -172,23 +170,3 @@ def kl_divergence(p_logits_BV: Tensor, q_logits_BV: Tensor) -> Tensor:
     p_BV = p_logits_BV.masked_fill(~allowed, -math.inf).log_softmax(-1)
     gap_BV = torch.where(allowed, p_BV - q_logits_BV.log_softmax(-1), 0.0)
     return (p_BV.exp() * gap_BV).sum(-1)
-
-
-@contextmanager
-def only_adapter(model: Any, adapter: str | None) -> Iterator[None]:
-    """One adapter on, or all off; every layer is put back as it was.
-
-    PEFT's own `set_adapter` also changes which weights require gradients, and `disable_adapter` switches all back on after
-    itself: neither can be used in the midst of somebody else's decoding.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-    try:
-        for layer in layers:
-            if adapter is not None:
-                layer._active_adapter = [adapter]
-            layer._disable_adapters = adapter is None
-        yield
-    finally:
-        for layer, (active, disabled) in zip(layers, before, strict=True):
-            layer._active_adapter, layer._disable_adapters = active, disabled

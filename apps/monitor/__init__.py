@@ -1,0 +1,1 @@
+"""Watching a served model: what it measures about itself."""

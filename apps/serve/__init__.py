@@ -1,0 +1,1 @@
+"""`plumbline serve`: an OpenAI-compatible server of an aligned model behind its guard."""

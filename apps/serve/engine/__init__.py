@@ -1,0 +1,1 @@
+"""Where answers come from: a model on this machine in one batch for all requests, or another server."""
