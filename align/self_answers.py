@@ -385,11 +385,7 @@ def self_answers(
     """Builds the set and returns the run folder. `reward` and `declined` replace the shipped ones."""
     prompts = read_kinds([resolve_path(part.strip()) for part in settings.prompts_files.split(",") if part.strip()])
     known = read_own_answers(resolve_path(settings.answers_file)) if settings.answers_file else {}
-    by_kind = {kind: [prompt for prompt in prompts if prompt.kind == kind] for kind in KINDS}
-    if settings.rows is not None or settings.opening is None:
-        for kind, share in (("harmful", settings.harmful_share), ("twin", settings.twin_share)):
-            if share and not by_kind[kind]:
-                raise ValueError(f"{settings.prompts_files}: no prompt of kind {kind}, whose share is {share}")
+    _check_shares(settings, prompts)
     skipped: set[str] = set()
     if settings.skip_prompts:
         skipped = {last_user_text(prompt) for prompt in read_prompts(resolve_path(settings.skip_prompts))}
@@ -461,6 +457,14 @@ def self_answers(
     write_rows(run / "answers.jsonl", [row for kind in KINDS[1:] for row in rows[kind]])
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def _check_shares(settings: SelfAnswerSettings, prompts: Sequence[Prompt]) -> None:
+    if settings.rows is None and settings.opening is not None:
+        return
+    for kind, share in (("harmful", settings.harmful_share), ("twin", settings.twin_share)):
+        if share and all(prompt.kind != kind for prompt in prompts):
+            raise ValueError(f"{settings.prompts_files}: no prompt of kind {kind}, whose share is {share}")
 
 
 def _answers_to_harm(model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[str], seed: int) -> list[str]:
