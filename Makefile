@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo debug label test test-transformers types check bench-gpu bench-peers docs clean
+.PHONY: help install demo debug label test test-transformers types check install-hooks wheel-check bench-gpu bench-peers docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -53,6 +53,13 @@ check: .venv/.dev ## ruff, types, fast tests
 	$(MAKE) --no-print-directory types
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+install-hooks: .venv/.dev ## run ruff and mypy before every commit
+	$(PIP) pre-commit
+	$(BIN)/pre-commit install
+
+wheel-check: .venv/.dev ## build the wheel and run it in a fresh environment outside the clone, about ten minutes
+	$(BIN)/python tests/test_wheel.py
 
 # Needs a torch built for CUDA in .venv; `make bench-gpu ARGS=--cpu` runs the same path at toy size, interpreted.
 bench-gpu: .venv/.dev ## kernels on a GPU: against fp64, then timed, in under ten minutes -> benchmarks/results/

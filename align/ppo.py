@@ -19,6 +19,7 @@ if not __package__:  # launched by path, not imported: look from the repository 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,11 +36,11 @@ from plumbline.align.models.start import load_start
 from plumbline.align.parallel.gradient_compression import PowerSGD
 from plumbline.align.parallel.sharding import asks_for_shards, mesh_of, whole
 from plumbline.align.rl.evaluation import evaluate, fit_scaling
-from plumbline.align.rl.inputs import build_reward, check_sharding, read_prompt_files
+from plumbline.align.rl.inputs import build_reward, check_sharding, kinds_of, read_prompt_files, rows_of_step
 from plumbline.align.rl.kl_control import KLController
 from plumbline.align.rl.losses import clipped_policy_loss, clipped_value_loss, kl_loss, like
 from plumbline.align.rl.rollout_server import RolloutServer
-from plumbline.align.rl.rollouts import RolloutBatch, drop_long_prompts, micro_batches, pad_answers, texts_of
+from plumbline.align.rl.rollouts import RolloutBatch, encode_fitting, micro_batches, pad_answers, texts_of
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.rl.signals import over_ranks, signals
 from plumbline.align.rl.watch import Grader, rollout_watch
@@ -52,11 +53,26 @@ from plumbline.align.runtime.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
-from plumbline.align.runtime.optimizers import add_up_gradients, build_optimizer, clip_adaptively, clip_gradients
+from plumbline.align.runtime.launch import (
+    claim_run,
+    disk_faults,
+    open_run,
+    parse_settings,
+    pick_dtype,
+    replacing,
+)
+from plumbline.align.runtime.optimizers import (
+    FallingRate,
+    add_up_gradients,
+    build_optimizer,
+    clip_adaptively,
+    clip_gradients,
+)
+from plumbline.align.runtime.resuming import check_same_run, planned_steps, stamp
 from plumbline.align.runtime.tracking import Metrics, expert_load, speed, stop_on_non_finite, trl_names
 from plumbline.eval.gates.after_training import gate_suites, run_gates
-from plumbline.policy_models.chat import encode_prompts, sample_answers, stop_ids
+from plumbline.paths import resolve_path
+from plumbline.policy_models.chat import sample_answers, stop_ids
 from plumbline.policy_models.loading import load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.logprobs import PackedRows, Trunk, answer_logprobs, pack_rows
 from plumbline.policy_models.rollout.memory import tune_cpu_memory
@@ -87,8 +103,9 @@ class PPO:
         set_seed(settings.seed)
         self.dtype = pick_dtype(settings.dtype)
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(settings.model)
-        self.prompts, self.prompt_ids = self._encode(prompts)
-        self.eval_prompts, self.eval_ids = self._encode(eval_prompts)
+        self.prompts, self.prompt_ids = self._encode(prompts, "ppo")
+        self.kinds = kinds_of(settings, prompts, self.prompts)
+        self.eval_prompts, self.eval_ids = self._encode(eval_prompts, "ppo: eval_prompts_file")
 
         mesh = mesh_of(accelerator)
         backbone = load_start(settings.model, dtype=settings.weight_dtype, quantise=settings.quantise)
@@ -113,8 +130,8 @@ class PPO:
         # float16 has too few exponents for small gradients: the loss is scaled up, by less after each overflow
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=self.dtype == torch.float16)
         self.compression = PowerSGD(settings.gradient_rank) if settings.gradient_rank else None
-        total = settings.steps * settings.ppo_epochs * settings.minibatches
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda done: max(0.0, 1.0 - done / total))
+        self.rate = FallingRate(settings.steps * settings.ppo_epochs * settings.minibatches)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.rate)
         self.kl = KLController(settings.kl_coef, settings.kl_target, settings.kl_horizon)
         self.lagrangian = settings.lagrangian()
         # ranks draw different answers and shuffle alike
@@ -131,10 +148,10 @@ class PPO:
                 f"choose one of {', '.join(self.reward.weights)}"
             )
 
-    def _encode(self, prompts: list[Messages]) -> tuple[list[Messages], list[list[int]]]:
+    def _encode(self, prompts: list[Messages], what: str) -> tuple[list[Messages], list[list[int]]]:
         if not prompts:
             return [], []
-        return drop_long_prompts(prompts, encode_prompts(self.tokenizer, prompts), self.settings.max_prompt_tokens)
+        return encode_fitting(self.tokenizer, prompts, self.settings.max_prompt_tokens, what=what)
 
     def step(self, step: int, metrics: Metrics) -> dict[str, Any]:
         """One rollout and its updates, steps 1 to 7 but for evaluation and checkpoint; returns the row for the log."""
@@ -157,21 +174,13 @@ class PPO:
     # 1. prompts -------------------------------------------------------------------------------------------------------
 
     def prompts_of_step(self, step: int) -> list[int]:
-        """Indices of this rank's prompts: a function of seed and step alone, so that a resumed run draws the same.
-
-        Each pass over the prompts is shuffled anew and used up before the next begins.
-        """
-        n, answers_each = len(self.prompts), self.settings.answers_per_prompt
-        per_step = self.settings.rollouts_per_step // answers_each
-        first = step * per_step
-        order: list[int] = []
-        for epoch in range(first // n, (first + per_step - 1) // n + 1):
-            shuffle = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            order += torch.randperm(n, generator=shuffle).tolist()
-        start = first - (first // n) * n
+        """Indices of this rank's prompts (`plumbline.align.rl.inputs.rows_of_step`)."""
+        s, answers_each = self.settings, self.settings.answers_per_prompt
+        per_step = s.rollouts_per_step // answers_each
+        rows = rows_of_step(self.kinds, step, per_step, seed=s.seed, shares=s.kind_shares)
         share = per_step // self.accelerator.num_processes
-        mine = start + self.accelerator.process_index * share
-        return [row for row in order[mine : mine + share] for _ in range(answers_each)]
+        mine = self.accelerator.process_index * share
+        return [row for row in rows[mine : mine + share] for _ in range(answers_each)]
 
     # 2 - 4. rollout, score, log-probabilities, values -----------------------------------------------------------------
 
@@ -191,7 +200,7 @@ class PPO:
 
     def rollout(self, rows: list[int], metrics: Metrics) -> tuple[RolloutBatch, Reward]:
         """Steps 2 to 4 for the given prompts."""
-        ids, prompts = [self.prompt_ids[r] for r in rows], texts_of([self.prompts[r] for r in rows])
+        ids, prompts = [self.prompt_ids[r] for r in rows], [self.prompts[r] for r in rows]
         with metrics.phase("generate"):
             answers, texts = self.sample(ids, self.sampling)
         with metrics.phase("score"):
@@ -218,7 +227,7 @@ class PPO:
             sample_logp=sample_logp,
             trunk=trunk,
             ref_states=ref_states,
-            prompts=prompts,
+            prompts=texts_of(prompts),
             answers=texts,
             finished=torch.tensor([a.finished for a in answers], device=device),
         )
@@ -409,7 +418,7 @@ class PPO:
         return {
             "actors": self.actors.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "scheduler": {"last_epoch": self.scheduler.last_epoch, "rate": self.rate.state_dict()},
             "scaler": self.scaler.state_dict(),
             "compression": self.compression.state_dict() if self.compression else {},
             "kl": self.kl.state_dict(),
@@ -423,6 +432,7 @@ class PPO:
         self.actors.load_state_dict(state["actors"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.last_epoch = state["scheduler"]["last_epoch"]
+        self.rate.go_on(state["scheduler"].get("rate"), at=self.scheduler.last_epoch)
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.compression:
@@ -441,7 +451,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
         check_sharding(settings)
     if accelerator.device.type == "cpu":
         tune_cpu_memory()
-    read_prompt_files(settings)  # bad rows show before a model is built, loaded or downloaded
+    prompts, _ = read_prompt_files(settings)  # bad rows show before a model is built, loaded or downloaded
     resolve_model_source(settings.model)
     if settings.gate:
         gate_suites(settings.gate)
@@ -450,11 +460,62 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
             resolve_model_source(settings.fluency_model)
         if settings.preference_weight and settings.reward_model and not settings.shares_reward_model:
             resolve_model_source(settings.reward_model)
-    run = open_run(settings.output_dir, settings) if accelerator.is_main_process else Path(settings.output_dir)
+    run = Path(settings.output_dir)
+    what = run_stamp(settings, prompts, own_reward=reward is not None)
+    checkpoint = checkpoint_of(settings, run, what, accelerator.num_processes) if settings.resume else None
+    lock = claim_run(run)  # held until this function ends
+    if accelerator.is_main_process:
+        open_run(run, settings)
     if accelerator.is_main_process and not settings.resume:
         shutil.rmtree(run / "checkpoints", ignore_errors=True)  # of an older run: a later resume must not take them up
     accelerator.wait_for_everyone()
-    checkpoint = latest_checkpoint(run, num_ranks=accelerator.num_processes) if settings.resume else None
+    with disk_faults(run, "checkpoints before this step are whole: make room and go on with --resume true"):
+        _run(settings, accelerator, run, reward, checkpoint, what)
+    if lock is not None:
+        lock.close()
+    return run
+
+
+def run_stamp(settings: PPOSettings, prompts: list[Messages], *, own_reward: bool) -> dict[str, Any]:
+    """What tells this run from another one; `own_reward`: the settings' reward models are not used."""
+    models: dict[str, str | None] = {"model": settings.model}
+    data: dict[str, Any] = {"prompts_file": prompts}
+    if not own_reward:
+        models["fluency_model"] = settings.fluency_model if settings.fluency_weight else None
+        models["reward_model"] = settings.reward_model if settings.preference_weight else None
+    if settings.reward_scaling:
+        data["reward_scaling"] = resolve_path(settings.reward_scaling).read_text(encoding="utf-8")
+    return stamp([settings], data=data, models=models)
+
+
+def checkpoint_of(settings: PPOSettings, run: Path, what: dict[str, Any], num_ranks: int) -> Path:
+    """The newest whole checkpoint of this very run. ValueError when there is none, or it is of another run or finished."""
+    checkpoint = latest_checkpoint(run, num_ranks=num_ranks)
+    if checkpoint is None:
+        raise ValueError(f"resume: no checkpoint in {run}; leave it out to begin at the start")
+    check_same_run(checkpoint, what, schedule=False)
+    done, planned = int(checkpoint.name.removeprefix("step-")), planned_steps(checkpoint) or settings.steps
+    if settings.steps < done:
+        raise ValueError(f"resume: steps={settings.steps} are fewer than the {done} that {checkpoint} has made")
+    if planned <= done < settings.steps:
+        raise ValueError(
+            f"resume: {checkpoint} ended a run of steps={planned}, whose rate has fallen to 0; with steps={settings.steps} "
+            f"it would come back: start a new run from {run / 'model'} in another output_dir"
+        )
+    if planned != settings.steps:
+        print(f"ppo: steps was {planned}, is {settings.steps}: from step {done} the rate falls to 0 at the new end")
+    return checkpoint
+
+
+def _run(
+    settings: PPOSettings,
+    accelerator: Accelerator,
+    run: Path,
+    reward: CompositeReward | None,
+    checkpoint: Path | None,
+    what: dict[str, Any],
+) -> None:
+    """The loop of `train`, from its start or from a checkpoint."""
     ppo = PPO(settings, accelerator, run, reward)
     metrics = Metrics(run, enabled=accelerator.is_main_process)
     if settings.log_with:
@@ -483,7 +544,7 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
         stopping = ppo.all_reduce(torch.tensor(float(asked_to_stop()), device=accelerator.device)) > 0
         last = step + 1 == settings.steps
         if last or stopping or (settings.save_every and (step + 1) % settings.save_every == 0):
-            save_checkpoint(run, step + 1, ppo.state(), rank=accelerator.process_index)
+            save_checkpoint(run, step + 1, ppo.state(), rank=accelerator.process_index, stamp=what)
             accelerator.wait_for_everyone()  # every rank's file is there before an older step goes
             if accelerator.is_main_process:
                 prune_checkpoints(run, keep_last=settings.keep_checkpoints)
@@ -495,12 +556,12 @@ def train(settings: PPOSettings, *, reward: CompositeReward | None = None) -> Pa
             raise SystemExit(f"ppo: stopped by SIGTERM after step {step + 1}; go on with --resume true")
     final = {"step": settings.steps, "episode": settings.steps * settings.rollouts_per_step}
     metrics.write(final | evaluate(ppo, settings.steps, metrics))
-    ppo.actors.save_policy(run / "model", write=accelerator.is_main_process)
-    if accelerator.is_main_process:
-        ppo.tokenizer.save_pretrained(run / "model")
+    with replacing(run / "model") if accelerator.is_main_process else nullcontext(run) as folder:
+        ppo.actors.save_policy(folder, write=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            ppo.tokenizer.save_pretrained(folder)
     accelerator.wait_for_everyone()
     accelerator.end_training()
-    return run
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -27,23 +27,26 @@ import numpy as np
 from datasets import Dataset
 from trl import RewardConfig
 
+from plumbline.align.data.encoding import Encoder
 from plumbline.align.data.formats import cost_pairs, read_training_pairs
 from plumbline.align.data.mixture import DomainMixture
 from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
 from plumbline.align.models.start import ModelSettings, save_merged
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype, trainer_defaults
+from plumbline.align.runtime.launch import parse_settings, pick_dtype, trainer_defaults
 from plumbline.align.runtime.pair_trainer import PairTrainer
-from plumbline.align.runtime.tracking import MetricsCallback, StopOnNonFinite
+from plumbline.align.runtime.tracking import StopOnNonFinite
+from plumbline.align.runtime.trainer_runs import TrainerRun
 from plumbline.eval.plotting.pair_plots import plot_pair_reports
 from plumbline.eval.stats.intervals import wilson
 from plumbline.eval.stats.pair_accuracy import pair_report, shared_prompts
-from plumbline.paths import STARTER, resolve_path
+from plumbline.paths import STARTER
 from plumbline.policy_models.attention import default_attention
 from plumbline.policy_models.compression.quantise import quantise
 from plumbline.policy_models.loading import load_scalar_model, load_tokenizer, model_summary, resolve_model_source
 from plumbline.policy_models.lora import split_expert_adapters
 from plumbline.policy_models.router import RouterBalance
 from plumbline.reward.learned import SCALING_FILE, LearnedPreference
+from plumbline.rows import data_source
 
 
 @dataclass(kw_only=True)
@@ -88,7 +91,7 @@ class _Trainer(StopOnNonFinite, PairTrainer):
 
 def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     """Trains, reports on held-out pairs and returns the run folder; the reward model is in `model/`."""
-    pairs = read_training_pairs(_source(settings.train_file))
+    pairs = read_training_pairs(data_source(settings.train_file))
     if settings.target == "cost":
         pairs = cost_pairs(pairs)
     train_pairs, held_out = split_pairs(pairs, settings.holdout_every)
@@ -102,14 +105,35 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
             f"{settings.train_file}: all {len(held_out)} held-out pairs are ties; there is nothing to measure"
         )
     settings.check_precision(args)
+    if settings.mix_by_loss and (settings.resume or args.resume_from_checkpoint):
+        raise ValueError(
+            f"mix_by_loss={settings.mix_by_loss}: a run whose mixture follows its losses cannot go on from a checkpoint, "
+            "which does not hold where the mixture was; start it anew"
+        )
     resolve_model_source(settings.model)
-    run = open_run(args.output_dir or "runs/reward_model", settings, args)
     tokenizer = load_tokenizer(settings.model)
     rows, too_long = pair_rows(train_pairs, tokenizer, settings, args.max_length)
     mixture = None
     if settings.mix_by_loss:
         mixture = DomainMixture([row.pop("source") for row in rows], rate=settings.mix_by_loss)
         rows = [row | {"domain": at} for row, at in zip(rows, mixture.domain, strict=True)]
+    folder = args.output_dir or "runs/reward_model"
+    run = TrainerRun("reward_model", settings, args, folder=folder, data={"train_file": rows})
+    with run.writing():
+        _fit(settings, args, run, rows, tokenizer, mixture)
+        _report(settings, run.folder, train_pairs, held_out, len(rows), too_long)
+    return run.folder
+
+
+def _fit(
+    settings: RewardModelSettings,
+    args: RewardConfig,
+    run: TrainerRun,
+    rows: list[dict[str, Any]],
+    tokenizer: Any,
+    mixture: DomainMixture | None,
+) -> None:
+    """Trains on the rows and saves the model."""
     model = load_scalar_model(settings.model, dtype=settings.weight_dtype, attn_implementation=default_attention())
     if settings.quantise != "none":
         quantise(model, settings.quantise)
@@ -119,7 +143,7 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=settings.lora_config(model, task_type="SEQ_CLS"),
-        callbacks=[MetricsCallback(run), RouterBalance()],
+        callbacks=[*run.callbacks(), RouterBalance()],
         label_smoothing=settings.label_smoothing,
         mixture=mixture,
     )
@@ -129,10 +153,20 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     print(f"reward_model: {model_summary(trained)}")
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    save_merged(trainer, settings, run, tokenizer, scalar=True)
-    del trainer, trained, model
+    run.train(trainer)
+    trained.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    save_merged(trainer, settings, run.folder, tokenizer, scalar=True)
 
+
+def _report(
+    settings: RewardModelSettings,
+    run: Path,
+    train_pairs: Sequence[PreferencePair],
+    held_out: list[PreferencePair],
+    num_rows: int,
+    too_long: int,
+) -> None:
+    """Writes the scaling of the scores, and how the model does on held-out pairs."""
     scorer = LearnedPreference(str(run / "model"), dtype=pick_dtype(settings.dtype))
     # 128 answers pin a mean and a spread well enough; scoring every training pair would take as long as training
     chosen, rejected = score_pairs(scorer, train_pairs[:64])
@@ -148,19 +182,9 @@ def train(settings: RewardModelSettings, args: RewardConfig) -> Path:
     leaks = shared_prompts(
         [last_user_text(p.prompt) for p in train_pairs], [last_user_text(p.prompt) for p in held_out]
     )
-    report |= {"train_pairs": len(rows), "train_pairs_too_long": too_long, "leaked_prompts": len(leaks)}
+    report |= {"train_pairs": num_rows, "train_pairs_too_long": too_long, "leaked_prompts": len(leaks)}
     (run / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     plot_pair_reports({"reward model": report}).savefig(run / "report.png")
-    return run
-
-
-def _source(name: str) -> str:
-    """A path, as given or below the repository root; what is no path is left for the reader to take as a hub id."""
-    if "," in name and not Path(name).exists():
-        return ",".join(map(_source, name.split(",")))
-    if Path(name).exists() or name.count("/") != 1 or Path(name).suffix:
-        return str(resolve_path(name))
-    return name
 
 
 def pair_rows(
@@ -172,13 +196,15 @@ def pair_rows(
     """
     rows = []
     soft = any(pair.p_chosen < 1 for pair in pairs)
+    encoder = Encoder("reward_model", tokenizer, max_length=max_length)
     for pair in pairs:
-        row: dict[str, Any] = {
-            name: tokenizer.apply_chat_template([*pair.prompt, *answer], return_dict=True)["input_ids"]
-            for name, answer in (("chosen_ids", pair.chosen), ("rejected_ids", pair.rejected))
-        }
-        if max_length is not None and max(len(ids) for ids in row.values()) > max_length:
+        found = encoder.answers(pair.prompt, [pair.chosen, pair.rejected], pair.tools)
+        if found is None:
             continue
+        prompt, (chosen, rejected) = found
+        if not encoder.fits(len(prompt) + max(len(chosen), len(rejected))):
+            continue
+        row: dict[str, Any] = {"chosen_ids": [*prompt, *chosen], "rejected_ids": [*prompt, *rejected]}
         if settings.mix_by_loss:
             row["source"] = pair.tags.get("kind") or pair.source
         if settings.use_margins:
@@ -188,17 +214,17 @@ def pair_rows(
         if settings.target == "cost":
             row["chosen_harm"], row["rejected_harm"] = (1.0 if harmful else -1.0 for harmful in pair.harm)
         rows.append(row)
-    if not rows:
-        raise ValueError(f"all {len(pairs)} pairs are longer than max_length={max_length} tokens; raise it")
-    if len(rows) < len(pairs):
-        print(f"reward_model: {len(pairs) - len(rows)} of {len(pairs)} pairs are longer than {max_length=}: left out")
-    return rows, len(pairs) - len(rows)
+    encoder.report(len(rows))
+    if ties := sum(pair.p_chosen == 0.5 for pair in pairs):
+        print(f"reward_model: {ties} of {len(pairs)} pairs are ties: trained to get equal scores")
+    return rows, len(encoder.too_long)
 
 
 def score_pairs(scorer: LearnedPreference, pairs: Sequence[PreferencePair]) -> tuple[np.ndarray, np.ndarray]:
     """(scores of the chosen answers, scores of the rejected ones), each (len(pairs),); NaN for too long a one."""
     texts = [[*p.prompt, *p.chosen] for p in pairs] + [[*p.prompt, *p.rejected] for p in pairs]
-    scores = np.array([np.nan if s is None else s for s in scorer.score_conversations(texts)], dtype=float)
+    tools = [p.tools for p in pairs] * 2
+    scores = np.array([np.nan if s is None else s for s in scorer.score_conversations(texts, tools)], dtype=float)
     return scores[: len(pairs)], scores[len(pairs) :]
 
 

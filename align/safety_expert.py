@@ -33,6 +33,7 @@ from torch import Tensor
 from plumbline.paths import STARTER
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import fast_dtype
+from plumbline.rows import file_rows
 
 # As the bundled model itself declines: SafeDecoding takes only tokens that the base ranks high too. " cannot" stands at place 60 after "I".
 DECLINE = "I'm sorry, but I can't help with that."
@@ -45,8 +46,7 @@ def expert_prompts(folder: Path = STARTER) -> tuple[list[str], list[str]]:
     """Harmful prompts of the starter data, and as many harmless ones that sound like them."""
     prompts: dict[str, dict[str, None]] = {"harmful": {}, "twin": {}}
     for file in ("sft.jsonl", "preferences.jsonl", "harm_twins.jsonl"):
-        for line in (folder / file).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for _, row in file_rows(folder / file):
             if row["kind"] in prompts:
                 prompts[row["kind"]][row["prompt"]] = None
     harmful, twins = map(list, prompts.values())

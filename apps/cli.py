@@ -32,9 +32,13 @@ COMMANDS = {
         "filter and balance training data: duplicates, languages, garbage, domains",
     ),
     "ppo": ("plumbline.align.ppo", "PPO against the composite reward"),
+    "self-answers": (
+        "plumbline.align.self_answers",
+        "an SFT set of a model's own answers, and declines in its own words",
+    ),
     "sample-pairs": (
         "plumbline.align.sample_pairs",
-        "preference pairs from a model's own answers, ranked by the reward",
+        "preference pairs from a model's own answers, by the kind of prompt and by the reward",
     ),
     "safety-expert": ("plumbline.align.safety_expert", "train the adapter that SafeDecoding leans on"),
     "dpo": ("plumbline.align.dpo", "direct preference optimisation"),

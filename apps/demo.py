@@ -1,13 +1,14 @@
 """`plumbline demo`: the whole loop on the bundled model, from a dense checkpoint to an aligned policy and its report.
 
-    1 upcycle    SmolLM2-135M-Instruct becomes a Mixture-of-Experts policy with the same logits
-    2 sft        answers of data/starter: the start that everything later is compared with
-    3 reward     a reward model on preference pairs
-    4 pairs      answers of the start, ranked by the composite reward, whose scaling they fit
-    5 dpo        the offline baseline, on those pairs
-    6 ppo        against the composite reward
-    7 evaluate   start, DPO and PPO answer prompts that no stage trained on
-    8 report     report.html and summary.json
+    1 upcycle       SmolLM2-135M-Instruct becomes a Mixture-of-Experts policy with the same logits
+    2 self_answers  its own answers to harmless prompts and declines in its own words: the set that SFT learns from
+    3 sft           the start that everything later is compared with: it declines harm and answers the rest
+    4 reward_model  on preference pairs, and on pairs that say when to decline
+    5 pairs         answers of the start, paired by what the prompt is and by the reward, whose scaling they fit
+    6 dpo           the offline baseline, on those pairs
+    7 ppo           against the composite reward
+    8 evaluate      base, start, DPO and PPO answer prompts that no stage trained on, bare and behind the guard
+    9 report        report.html and summary.json
 
 Each training stage is started by the same words a user would type; they are printed.
 """
@@ -37,6 +38,7 @@ import plumbline.align.dpo
 import plumbline.align.ppo
 import plumbline.align.reward_model
 import plumbline.align.sample_pairs
+import plumbline.align.self_answers
 import plumbline.align.sft
 import plumbline.apps.commands.upcycle
 from plumbline.align.rl.inputs import build_reward
@@ -51,8 +53,9 @@ from plumbline.paths import CONFIGS, STARTER
 from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_for_answers, load_tokenizer
 from plumbline.reward import Scaling
+from plumbline.safety.pipeline import Guard
 
-STAGES = ("upcycle", "sft", "reward_model", "dpo", "ppo")
+STAGES = ("upcycle", "self_answers", "sft", "reward_model", "dpo", "ppo")
 
 
 @dataclass(kw_only=True)
@@ -114,13 +117,22 @@ def processes() -> int:
     return min(2, os.cpu_count() or 1) if default_device().type == "cpu" else 1
 
 
-def run_on_all_cores(stage: ModuleType, config: Path, **flags: str | Path | int) -> None:
-    """Runs PPO by torchrun on `processes()`, or as any stage where that is one."""
+def run_on_all_cores(stage: ModuleType, name: str, config: Path, **flags: str | Path | int) -> None:
+    """Runs a stage by torchrun on `processes()`, or as any stage where that is one.
+
+    The stages of TRL's trainers take rows a process: theirs are divided, so that a step has as many rows as the file says.
+
+    As a module: launched by its file in an installed package, that package's folder would come first on `sys.path`, and
+    its `safety/` would hide a distribution of that name.
+    """
     if processes() == 1:
-        run_stage(stage.main, "ppo", config, **flags)
+        run_stage(stage.main, name, config, **flags)
         return
+    rows = yaml.safe_load(config.read_text(encoding="utf-8")).get("per_device_train_batch_size")
+    if rows is not None:
+        flags["per_device_train_batch_size"] = max(1, rows // processes())
     argv = arguments(config, **flags)
-    command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), str(stage.__file__), *argv]
+    command = ["torchrun", "--standalone", "--nproc_per_node", str(processes()), "-m", stage.__name__, *argv]
     print(f"    OMP_NUM_THREADS=1 {' '.join(command)}", flush=True)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torchrun = [sys.executable, "-m", "torch.distributed.run"]
@@ -136,7 +148,7 @@ def demo(settings: DemoSettings) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     policy, start = out / "policy", out / "sft" / "model"
     seed = settings.seed
-    clock = Clock(stages=8)
+    clock = Clock(stages=9)
 
     def config(stage: str) -> Path:
         return CONFIGS / stage / f"{settings.configs}.yaml"
@@ -145,32 +157,38 @@ def demo(settings: DemoSettings) -> Path:
         run_stage(
             plumbline.apps.commands.upcycle.main, "upcycle", config("upcycle"), model=settings.model, output_dir=policy
         )
-    with clock.stage("sft", "supervised fine-tuning on data/starter/sft.jsonl"):
-        run_stage(plumbline.align.sft.main, "sft", config("sft"), model=policy, output_dir=out / "sft", seed=seed)
-    with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl"):
-        flags: dict[str, str | Path | int] = {"model": start, "output_dir": out / "reward_model", "seed": seed}
-        run_stage(plumbline.align.reward_model.main, "reward-model", config("reward_model"), **flags)
+    own = out / "self_answers"
+    with clock.stage("self_answers", "own answers to harmless prompts, declines in the model's own words"):
+        run_stage(
+            plumbline.align.self_answers.main,
+            "self-answers",
+            config("self_answers"),
+            model=policy,
+            output_dir=own,
+            seed=seed,
+        )
+    with clock.stage("sft", "supervised fine-tuning on these"):
+        flags: dict[str, str | Path | int] = {"model": policy, "output_dir": out / "sft", "seed": seed}
+        run_on_all_cores(plumbline.align.sft, "sft", config("sft"), train_file=own / "sft.jsonl", **flags)
+    with clock.stage("reward_model", "Bradley-Terry on data/starter/preferences.jsonl and on pairs of both behaviours"):
+        flags = {"model": start, "output_dir": out / "reward_model", "seed": seed}
+        files = f"{STARTER / 'preferences.jsonl'},{own / 'pairs.jsonl'}"
+        run_stage(plumbline.align.reward_model.main, "reward-model", config("reward_model"), train_file=files, **flags)
     # From here on all stages share the reward: its learned part, its settings (of PPO) and its scaling.
     flags = {"model": start, "reward_model": out / "reward_model" / "model", "seed": seed}
-    with clock.stage("pairs", "answers of the start to training prompts, ranked by the composite reward"):
-        count = settings.pair_prompts
-        run_stage(
-            plumbline.align.sample_pairs.main,
-            "sample-pairs",
-            config("ppo"),
-            **flags,
-            pair_prompts=count,
-            output_dir=out / "pairs",
-        )
+    with clock.stage("pairs", "answers of the start to training prompts, paired by kind and by the composite reward"):
+        asked = flags | {"pair_prompts": settings.pair_prompts, "output_dir": out / "pairs"}
+        run_on_all_cores(plumbline.align.sample_pairs, "sample-pairs", config("ppo"), **asked)
     with clock.stage("dpo", "the offline baseline on those pairs"):
         data: dict[str, str | Path | int] = {"train_file": out / "pairs" / "pairs.jsonl", "holdout_every": 0}
-        run_stage(
-            plumbline.align.dpo.main, "dpo", config("dpo"), model=start, output_dir=out / "dpo", seed=seed, **data
-        )
+        data |= {"model": start, "output_dir": out / "dpo", "seed": seed}
+        run_on_all_cores(plumbline.align.dpo, "dpo", config("dpo"), **data)
     with clock.stage("ppo", "PPO against the composite reward"):
         scaling = out / "pairs" / "scaling.json"
-        run_on_all_cores(plumbline.align.ppo, config("ppo"), **flags, reward_scaling=scaling, output_dir=out / "ppo")
-    with clock.stage("evaluate", f"start, DPO and PPO on {len(samples)} prompts that no stage trained on"):
+        run_on_all_cores(
+            plumbline.align.ppo, "ppo", config("ppo"), **flags, reward_scaling=scaling, output_dir=out / "ppo"
+        )
+    with clock.stage("evaluate", f"base, start, DPO and PPO on {len(samples)} prompts that no stage trained on"):
         transcripts = evaluate(out, samples, seed)
     with clock.stage("report", "summary.json and report.html"):
         summary = summarise(transcripts, start="start", seed=seed)
@@ -180,6 +198,8 @@ def demo(settings: DemoSettings) -> Path:
             "seed": seed,
             "machine": machine(),
             "reward_model": report,
+            "pairs": json.loads((out / "pairs" / "report.json").read_text()),
+            "self_answers": json.loads((own / "report.json").read_text()),
             "settings": {s: yaml.safe_load((out / s / "settings.yaml").read_text()) for s in ("sft", "dpo", "ppo")},
             "wall_s": clock.wall_s | {"total": round(time.perf_counter() - clock.started, 1)},
         }
@@ -190,7 +210,7 @@ def demo(settings: DemoSettings) -> Path:
 
 
 def evaluate(out: Path, samples, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Transcripts of start, DPO and PPO, by the reward and the sampling of the PPO run; written to out/eval/."""
+    """Transcripts of base, start, DPO and PPO, by the reward and the sampling of the PPO run; written to out/eval/."""
     shares = processes()
     if shares == 1:
         transcripts = transcripts_of(out, samples, seed)
@@ -226,11 +246,13 @@ def transcripts_of(out: Path, samples, seed: int) -> dict[str, list[dict[str, An
             temperature=ppo.temperature,
             seed=seed + 7,
         )
+        add_guarded(rows)
         print(f"    {name}: {len(rows)} answers in {time.perf_counter() - begun:.0f} s", flush=True)
         return rows
 
+    transcripts = {"base": answers("base", load_for_answers(str(out / "policy"), dtype=dtype))}
     start = load_for_answers(str(out / "sft" / "model"), dtype=dtype)
-    transcripts = {"start": answers("start", start)}
+    transcripts["start"] = answers("start", start)
     adapted = PeftModel.from_pretrained(start, str(out / "dpo" / "model"), adapter_name="dpo")
     adapted.load_adapter(str(out / "ppo" / "model"), adapter_name="ppo")
     for name in ("dpo", "ppo"):
@@ -244,6 +266,15 @@ def transcripts_of(out: Path, samples, seed: int) -> dict[str, list[dict[str, An
             else:
                 add_kl(rows, start, tokenizer, temperature=ppo.temperature)
     return transcripts
+
+
+def add_guarded(rows: list[dict[str, Any]]) -> None:
+    """Sets `guarded_answer`: what the default policy lets through of an answer to its prompt."""
+    said = ""
+    guard = Guard("default", model=lambda _messages: said)
+    for row in rows:
+        said = row["answer"]
+        row["guarded_answer"] = guard.chat(row["prompt"]).text
 
 
 def _settings_of(run: Path, cls: type) -> dict[str, Any]:
@@ -267,6 +298,9 @@ def machine() -> dict[str, Any]:
 def closing_lines(summary: dict[str, Any], page: Path) -> str:
     """What a person wants to know at the end."""
     lines = [""]
+    for name in ("base", "start", "dpo", "ppo"):
+        rates = ", ".join(f"{kind} {rate['rate']:.0%}" for kind, rate in summary[name]["refusals"].items())
+        lines.append(f"{name}: refuses {rates}; {summary[name]['ended']['rate']:.0%} of answers end")
     for name in ("dpo", "ppo"):
         gain = summary[name]["reward_gain"]
         lines.append(

@@ -28,6 +28,17 @@ def foreign_owners() -> list[str]:
     return sorted(set(importlib.metadata.packages_distributions().get("plumbline", [])) - {"plumbline-rlhf"})
 
 
+def _sandbox() -> str:
+    """How code that models write is kept apart here, and what is missing."""
+    from plumbline.eval.grading.sandbox import SandboxError, isolation
+
+    try:
+        found = isolation()
+    except SandboxError as error:
+        return f"none: {error}"
+    return "; ".join([found.name, *found.missing])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; exit status 1 when something that the embedded default needs is missing."""
     problems = []
@@ -50,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for extra, package in _EXTRAS.items():
         print(f"extra [{extra}]".ljust(20), _version(package) or "not installed")
     print(f"cache         {cache_folder()}")
+    print(f"sandbox       {_sandbox()}")
     print(f"files         {HOME}")
     for name in foreign_owners():
         problems.append(f"distribution {name!r} also installs a package 'plumbline': pip uninstall {name}")

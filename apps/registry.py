@@ -48,7 +48,7 @@ class Registry:
             return []
         text = path.read_text(encoding="utf-8")
         whole = text[: text.rfind("\n") + 1]  # a line without its end was cut off by a crash
-        return [json.loads(line) for line in whole.splitlines()]
+        return [json.loads(line) for line in whole.split("\n") if line]
 
     def _append(self, line: dict[str, Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

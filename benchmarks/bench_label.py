@@ -143,6 +143,19 @@ def prepare(db: str, *, annotators: int, items: int, overlap: int) -> LabelStore
     return store
 
 
+def call(client: Client, path: str, body: Any = None) -> tuple[Any, float | None]:
+    """Repeats a call until a living server answers: (JSON, seconds), or None for seconds when it had to repeat."""
+    clean = True
+    while True:
+        begun = time.perf_counter()
+        try:
+            answer = client.post(path, body)
+            return answer, time.perf_counter() - begun if clean else None
+        except ConnectionError:
+            clean = False
+            time.sleep(0.1)
+
+
 def simulate(
     db: str, *, annotators: int, items: int, overlap: int = 2, think: tuple[float, float] = (0.0, 0.0), kills: int = 2,
     double: float = 0.1, walk_away: float = 0.05, seed: int = 0,
@@ -153,18 +166,6 @@ def simulate(
     wanted = items * overlap
     kill_at = [wanted * (number + 1) // (kills + 1) for number in range(kills)]
     ended = threading.Event()
-
-    def call(client: Client, path: str, body: Any = None) -> tuple[Any, float | None]:
-        """Repeats a call until a living server answers: (JSON, seconds), or None for seconds when it had to repeat."""
-        clean = True
-        while True:
-            begun = time.perf_counter()
-            try:
-                answer = client.post(path, body)
-                return answer, time.perf_counter() - begun if clean else None
-            except ConnectionError:
-                clean = False
-                time.sleep(0.1)
 
     def label(number: int) -> None:
         rng = random.Random(f"{seed}/{number}")

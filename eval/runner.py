@@ -219,7 +219,9 @@ def _without_guard(
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:
-    ends = [at for at in (text.find(one) for one in stop) if at >= 0]
+    """The text before the first stop; one among the blanks that it begins with ends nothing."""
+    begun = len(text) - len(text.lstrip())
+    ends = [at for at in (text.find(one, begun) for one in stop) if at >= 0]
     return text[: min(ends)] if ends else text
 
 

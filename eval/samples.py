@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from plumbline.rows import Row, file_rows
 
 KINDS = ("harmful", "twin", "ordinary")
 
@@ -55,10 +56,11 @@ def read_samples(path: str | Path, *, limit: int | None = None) -> list[Sample]:
         raise ValueError(f"{limit=}: needs at least 1 sample, or None for all")
     samples: list[Sample] = []
     line_of: dict[str, int] = {}  # of ids and of prompts, to name both lines of a double
-    for line_no, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        sample = _parse(line, f"{path}:{line_no}", default_id=f"{path.stem}:{line_no}")
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file of samples")
+    for place, row in file_rows(path):
+        line_no = int(place.rpartition(":")[2])
+        sample = _parse(row, place, default_id=f"{path.stem}:{line_no}")
         for what, value in (("id", sample.id), ("prompt", sample.input)):
             first = line_of.setdefault(f"{what} {value}", line_no)
             if first != line_no:
@@ -69,13 +71,8 @@ def read_samples(path: str | Path, *, limit: int | None = None) -> list[Sample]:
     return samples if limit is None else _spread(samples, limit)
 
 
-def _parse(line: str, where: str, default_id: str) -> Sample:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}); write one object a line") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: {type(row).__name__} instead of an object; write {{'prompt': ..., 'kind': ...}}")
+def _parse(row: Row, where: str, default_id: str) -> Sample:
+    row = {name: value for name, value in row.items() if value is not None}  # an empty cell of a table
     fields = {"id": default_id, "category": "", "pair": "", "topic": ""} | row
     for name in ("id", "prompt", "kind", "category", "pair", "topic"):
         if not isinstance(fields.get(name), str):

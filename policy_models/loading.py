@@ -11,11 +11,13 @@ Sources are checked before any weights are read.
 """
 
 import importlib.util
+import json
 import logging
 import os
 import re
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -51,27 +53,49 @@ logger = logging.getLogger(__name__)
 # ChatML. `generation` marks what the assistant says, its end included, for losses on the assistant only; it renders to
 # nothing, so the text is that of the template without it.
 _CHATML_TURNS = (
+    "{% set offered %}"
+    "{% if tools %}"
+    "{{ '\\n\\n# Tools\\n\\nYou may call these functions:\\n<tools>' }}"
+    "{% for tool in tools %}{{ '\\n' + tool | tojson }}{% endfor %}"
+    "{{ '\\n</tools>\\n\\nA call is a JSON object of name and arguments within <tool_call></tool_call> tags.' }}"
+    "{% endif %}"
+    "{% endset %}"
+    "{% if tools and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n' + ((default_system or '') + offered) | trim + '<|im_end|>\\n' }}"
+    "{% elif default_system and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\n' + default_system + '<|im_end|>\\n' }}"
+    "{% endif %}"
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}"
+    "{% generation %}"
+    "{{ message['content'] }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ '\\n' if message['content'] or not loop.first }}"
+    "{{ '<tool_call>\\n' + call['function'] | tojson + '\\n</tool_call>' }}"
+    "{% endfor %}"
+    "{{ '<|im_end|>' }}"
+    "{% endgeneration %}"
+    "{% else %}"
+    "{{ message['content'] }}"
+    "{% if loop.first and message['role'] == 'system' %}{{ offered }}{% endif %}"
+    "{{ '<|im_end|>' }}"
+    "{% endif %}"
     "{{ '\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 # SmolLM2 was tuned with this system prompt in every conversation that brought none.
-_SMOLLM2_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\\n' }}"
-    "{% endif %}"
-)
+_SMOLLM2_SYSTEM = "{% set default_system = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face' %}"
 _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in SmolLM2 and in the tiny models
 _PAD_ID, _BOS_ID, _EOS_ID = 0, 1, 2
-# Existing tokens that may stand in for a missing pad token, best first.
+# Existing tokens that may stand in for a missing pad token, best first: those that are there to pad, then those that no
+# text has (Llama 3 reserves some, Llama 2 has <unk>).
 _PAD_CANDIDATES = (
-    "<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "<|vision_pad|>"
+    "<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>", "<|finetune_right_pad_id|>", "<|reserved_special_token_0|>",
+    "<|endoftext|>", "<unk>", "<|vision_pad|>",
 )  # fmt: skip
+_NO_CODE = {"trust_remote_code": False}  # unset, transformers asks on standard input and runs the folder's code on "y"
 
 
 def resolve_model_source(source: str) -> str:
@@ -85,6 +109,7 @@ def resolve_model_source(source: str) -> str:
     folder = Path(source).expanduser()
     if source and folder.is_dir():
         if (folder / "config.json").is_file():
+            check_model_folder(folder)
             return str(folder)
         if (folder / "adapter_config.json").is_file():
             raise ValueError(f"model {source!r} is a PEFT adapter; name its base model and attach the adapter to it")
@@ -104,18 +129,72 @@ def resolve_model_source(source: str) -> str:
     return source
 
 
+def check_model_folder(folder: Path) -> None:
+    """ValueError for a folder whose weights or settings lie elsewhere: an index or a link that leads out of it.
+
+    A downloaded folder must not make this process read another file of the machine. The links of the hub's own cache,
+    from a snapshot to the blobs beside it, are what they should be.
+    """
+    home = folder.resolve()
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    for file in sorted(folder.iterdir()):
+        target = file.resolve()
+        if file.is_symlink() and not (target.is_relative_to(home) or target.is_relative_to(blobs)):
+            raise ValueError(
+                f"model folder {str(folder)!r}: {file.name} is a link to {target}, outside it; copy the file in"
+            )
+        if file.name.endswith(".index.json"):
+            for name in _shards(file):
+                if Path(name).name != name or name in ("", ".", ".."):
+                    raise ValueError(
+                        f"model folder {str(folder)!r}: {file.name} names the weights {name!r}; a plain file name is needed"
+                    )
+                if not (folder / name).is_file():
+                    raise ValueError(
+                        f"model folder {str(folder)!r}: {file.name} names the weights {name!r}, which are not there; "
+                        "download or copy them again"
+                    )
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names."""
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: no index of weights ({type(error).__name__}: {error}); download it again") from None
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{index}: weight_map must map names of tensors to names of files")
+    return sorted(names)
+
+
+def attach_adapter(base: PreTrainedModel, folder: str | Path, **options: Any) -> Any:
+    """`base` as a PeftModel with a saved adapter; ValueError where the folder lacks some of its weights, which would be drawn anew."""
+    from peft import PeftModel
+
+    if Path(folder).is_dir():
+        check_model_folder(Path(folder))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = PeftModel.from_pretrained(base, str(folder), **options)
+    for warning in said:
+        if "missing adapter keys" in str(warning.message):
+            raise ValueError(f"adapter {str(folder)!r}: {str(warning.message)[:300]}; save it again, or name its base")
+        warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    return model
+
+
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a source, padding on the left as generation needs, with a pad token that is not the end token.
+    """The tokenizer of a source, padding on the left as generation needs, with a pad token, if possible not the end token.
 
     If the two are equal, or there is no pad token, a reserved token of the vocabulary takes its place and a warning
-    says which: with pad == eos, whatever masks padding also masks the end of the answer, and the model never learns
-    to stop.
+    says which: with pad == eos, code that finds padding by its id also masks the end of the answer. A vocabulary without
+    a reserved token (GPT-2's) pads with its end token: every stage here masks by position, and trains the end as well.
 
     Raises:
-        ValueError: without an end token, or when the vocabulary has no token to pad with.
+        ValueError: without an end token.
     """
     path = resolve_model_source(source)
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left", **_NO_CODE)
     if tokenizer.eos_token is None:
         raise ValueError(f"the tokenizer of {source!r} has no eos token; set one, generation would never end")
     if tokenizer.pad_token is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
@@ -123,11 +202,17 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         taken = {tokenizer.eos_token, tokenizer.bos_token}
         pad = next((token for token in _PAD_CANDIDATES if token in vocab and token not in taken), None)
         if pad is None:
-            raise ValueError(
-                f"the tokenizer of {source!r} pads with {tokenizer.pad_token!r} and ends with {tokenizer.eos_token!r}, "
-                "and has no reserved token to pad with; add a pad token of its own and resize the model's embeddings"
+            logger.warning(
+                "%s: no token to pad with; the end token %r pads, and is masked", source, tokenizer.eos_token
             )
-        logger.warning("%s: padding with %r instead of %r, the end token", source, pad, tokenizer.pad_token)
+            pad = tokenizer.eos_token
+        else:
+            why = (
+                "no pad token is set"
+                if tokenizer.pad_token is None
+                else f"not with {tokenizer.pad_token!r}, the end token"
+            )
+            logger.warning("%s: padding with %r; %s", source, pad, why)
         tokenizer.pad_token = pad
     return tokenizer
 
@@ -152,8 +237,10 @@ def load_policy(
     """
     path = resolve_model_source(source)
     options = _load_options(path, source, dtype, experts_implementation, attn_implementation)
-    model = AutoModelForCausalLM.from_pretrained(path, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    model, info = loaded
     _check_options(model, options)
+    _refuse_missing(source, set(info["missing_keys"]))
     model.to(device)  # type: ignore[arg-type]
     return model if quantise is None else quantise_model(model, quantise)
 
@@ -184,7 +271,7 @@ def load_scalar_model(
     """
     path = resolve_model_source(source)
     options = _load_options(path, source, dtype, experts_implementation, attn_implementation)
-    config = AutoConfig.from_pretrained(path, num_labels=1)
+    config = AutoConfig.from_pretrained(path, num_labels=1, **_NO_CODE)
     if type(config) not in AutoModelForSequenceClassification._model_mapping:
         raise ValueError(
             f"model {source!r}: transformers has no sequence-classification class for {config.model_type!r}; "
@@ -197,14 +284,41 @@ def load_scalar_model(
     )
     _check_options(model, options)
     missing = set(info["missing_keys"])
-    if missing - {"score.weight"}:
-        raise ValueError(f"model {source!r} has no weights for {sorted(missing)[:3]}; is it a causal language model?")
+    _refuse_missing(source, missing - {"score.weight"})
     if missing:
+        logger.info("%s: the head score is new, drawn with seed %d", source, seed)
         rng = torch.Generator().manual_seed(seed)
         weight = torch.randn(model.score.weight.shape, generator=rng) * scalar_head_std(model.score.in_features)
         with torch.no_grad():
             model.score.weight.copy_(weight)
     return model.to(device)
+
+
+def last_token_scores(model: Any, input_ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Scores (B,), fp32, of a model with one label at the last kept token of right-padded rows.
+
+    transformers looks for the last token that is not the padding token instead, which is another one where a row ends with
+    that token, as it does when the vocabulary has none to spare and the end token pads.
+    """
+    config = model.config.get_text_config()
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    last = keep.sum(dim=1) - 1
+    ends_in_pad = (
+        bool((input_ids[rows, last] == config.pad_token_id).any()) if config.pad_token_id is not None else True
+    )
+    if not ends_in_pad or not isinstance(model, PreTrainedModel):
+        return model(input_ids=input_ids, attention_mask=keep).logits[:, 0].float()
+    states = model.base_model(input_ids=input_ids, attention_mask=keep, use_cache=False).last_hidden_state
+    return model.score(states[rows, last])[:, 0].float()  # type: ignore[operator]
+
+
+def _refuse_missing(source: str, missing: set[str]) -> None:
+    """ValueError for tensors that the files lack: transformers would draw them at random."""
+    if missing:
+        raise ValueError(
+            f"model {source!r} has no weights for {', '.join(sorted(missing)[:3])}{' ...' if len(missing) > 3 else ''} "
+            f"({len(missing)} tensors): is it whole, and a causal language model?"
+        )
 
 
 def model_summary(model: PreTrainedModel) -> str:
@@ -249,9 +363,9 @@ def _load_options(
         if dtype not in known:
             raise ValueError(f"{dtype=} must be one of {', '.join(known)}")
         dtype = known[dtype]
-    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation}
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": attn_implementation, **_NO_CODE}
     if experts_implementation is not None:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **_NO_CODE)
         if not _num_experts(config):
             raise ValueError(
                 f"{experts_implementation=} does nothing for {source!r}, a dense {config.model_type}; leave it out"
@@ -431,7 +545,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 # name -> revision, builder. A new revision builds anew beside the old folder.
 BUNDLED: dict[str, tuple[int, Callable[[Path], None]]] = {
-    "smollm2-135m-instruct": (1, _build_smollm2),
-    "tiny-moe": (1, _build_tiny_moe),
-    "tiny-llama": (1, _build_tiny_llama),
+    "smollm2-135m-instruct": (2, _build_smollm2),
+    "tiny-moe": (2, _build_tiny_moe),
+    "tiny-llama": (2, _build_tiny_llama),
 }

@@ -15,7 +15,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from plumbline.reward.contracts import Parts, Reward, RewardComponent
+from plumbline.reward.components.known import HarmOfPrompts
+from plumbline.reward.contracts import Parts, Prompt, Reward, RewardComponent, ask
 from plumbline.reward.scaling import Scaling, fit_scaling
 
 
@@ -53,16 +54,16 @@ class CompositeReward:
         if scaling is not None and (missing := sorted(set(names) - set(scaling.mean))):
             raise ValueError(f"no scaling for components {missing}; fit again with fit(prompts, reference_answers)")
 
-    def raw(self, prompts: Sequence[str], answers: Sequence[str]) -> dict[str, list[float | None]]:
+    def raw(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> dict[str, list[float | None]]:
         """Raw scores by component name, checked: right lengths, finite."""
         if len(prompts) != len(answers):
             raise ValueError(f"{len(prompts)} prompts but {len(answers)} answers; rewards need one answer a prompt")
         return {
-            name: _checked(name, component(prompts, answers), len(prompts))
+            name: _checked(name, ask(component, prompts, answers), len(prompts))
             for name, component in self.components.items()
         }
 
-    def fit(self, prompts: Sequence[str], answers: Sequence[str]) -> Scaling:
+    def fit(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Scaling:
         """Fits the scaling on answers of the reference policy, keeps it and returns it (save it with the run)."""
         return self.fit_raw(self.raw(prompts, answers))
 
@@ -72,7 +73,8 @@ class CompositeReward:
         self.scaling = fit_scaling(raw, min_std=min_std)
         return self.scaling
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> Reward:
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> Reward:
+        """Scores of answers to prompts; a prompt is a text, or the messages of a conversation that ends with the user."""
         return self.combine(self.raw(prompts, answers))
 
     def combine(self, raw: dict[str, list[float | None]]) -> Reward:
@@ -162,13 +164,15 @@ def default_composite(
     delta: float = 1.0,
     fluency_source: str = "bundled:smollm2-135m-instruct",
     scaling: Scaling | None = None,
+    harm: HarmOfPrompts | None = None,
 ) -> CompositeReward:
     """The embedded default, R = alpha * fluency + beta * relevance + gamma * safety - delta * toxicity.
 
     Runs without a network: MiniLM embeddings with the shipped heads, and a small frozen language model for fluency
-    (`fluency_source`: any source that `plumbline.policy_models.loading.load_policy` takes; not loaded when alpha is 0).
+    (`fluency_source`: any source that `plumbline.policy_models.loading.load_policy` takes; not loaded when alpha is 0). `harm` says
+    how harmful prompts are, to safety and to relevance alike: the shipped scanner if not given.
     """
-    from plumbline.reward.components.relevance import Relevance
+    from plumbline.reward.components.relevance import Relevance, declined_harm
     from plumbline.reward.components.safety import Safety
     from plumbline.reward.components.toxicity import Toxicity
 
@@ -178,8 +182,8 @@ def default_composite(
 
         components.append((Fluency.load(fluency_source), alpha))
     components += [
-        (Relevance(), beta),
-        (Safety(), gamma),
+        (Relevance(declined=declined_harm(harm)), beta),
+        (Safety(harm=harm), gamma),
         (Toxicity(), -delta),  # the one place where toxicity turns into a charge
     ]
     return CompositeReward(components, scaling=scaling)

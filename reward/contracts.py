@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
+
+from plumbline.messages import Messages, last_user_text
+
+Prompt = str | Messages  # a text is one turn of the user
 
 
 @runtime_checkable
 class RewardComponent(Protocol):
     """One named opinion about answers: a function, a classifier or a model behind one call.
+
+    It is given the last user turn of each prompt as a text. One that carries `reads_conversations = True`, such as a
+    learned preference model, is given the prompts as they are: texts, or messages with the system's and earlier turns.
 
     A component may also carry `min_std`, in units of its own score: a smaller spread among reference answers is
     treated as this one, so that a component on which the reference answers all agree does not turn into noise.
@@ -20,6 +27,13 @@ class RewardComponent(Protocol):
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         """One finite score a row, higher meaning more of what the name says; None means "no opinion"."""
         ...
+
+
+def ask(component: Any, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+    """The component's scores, of whole conversations where it reads those."""
+    if getattr(component, "reads_conversations", False):
+        return component(prompts, answers)
+    return component([last_user_text(prompt) for prompt in prompts], answers)
 
 
 @dataclass(frozen=True, kw_only=True)

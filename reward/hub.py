@@ -52,8 +52,8 @@ class HubClassifier:
             from plumbline.policy_models.loading import resolve_model_source
 
             path = resolve_model_source(str(source))
-            model = model or AutoModelForSequenceClassification.from_pretrained(path)
-            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path)
+            model = model or AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False)
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         self.name, self.reads, self.batch_size = name, reads, batch_size
         self.model, self.tokenizer = model.eval(), tokenizer
         self.column = _column(model.config, label)

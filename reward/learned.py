@@ -12,9 +12,12 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from plumbline.messages import Messages
+from plumbline.reward.contracts import Prompt, ask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,8 +34,11 @@ class LearnedPreference:
         model, tokenizer: an already loaded pair, for instance adapters on weights shared with the policy.
         token_budget: padded tokens a forward pass.
 
-    A conversation longer than the model's positions gets None: cut, it would be another conversation.
+    A conversation longer than the model's positions gets None: cut, it would be another conversation. So does one that
+    the chat template refuses. A prompt is a text or messages: the whole conversation is read, as in training.
     """
+
+    reads_conversations = True
 
     def __init__(
         self,
@@ -60,32 +66,35 @@ class LearnedPreference:
             )
         self.model, self.tokenizer = model, tokenizer
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+        asked = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
         return self.score_conversations(
-            [
-                [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-                for prompt, answer in zip(prompts, answers, strict=True)
-            ]
+            [[*p, {"role": "assistant", "content": answer}] for p, answer in zip(asked, answers, strict=True)]
         )
 
-    def score_conversations(self, conversations: Sequence[list[dict[str, str]]]) -> list[float | None]:
-        """Scores of whole conversations, messages of role and content that end with the answer."""
+    def score_conversations(
+        self, conversations: Sequence[Messages], tools: Sequence[list[Any] | None] | None = None
+    ) -> list[float | None]:
+        """Scores of whole conversations, messages that end with the answer; `tools` as they were offered in each."""
         training = self.model.training  # weights may be shared with a policy that is being trained
         self.model.eval()
         try:
-            return self._scores([self._ids(messages) for messages in conversations])
+            offered = tools or [None] * len(conversations)
+            return self._scores([self._ids(m, t) for m, t in zip(conversations, offered, strict=True)])
         finally:
             self.model.train(training)
 
     @torch.inference_mode()
-    def _scores(self, ids: Sequence[list[int]]) -> list[float | None]:
+    def _scores(self, ids: Sequence[list[int] | None]) -> list[float | None]:
+        from plumbline.policy_models.loading import last_token_scores
         from plumbline.policy_models.logprobs import token_budget_batches
 
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-        fits = [row for row, tokens in enumerate(ids) if len(tokens) <= limit]
+        known = [tokens or [] for tokens in ids]
+        fits = [row for row, tokens in enumerate(known) if 0 < len(tokens) <= limit]
         device = next(self.model.parameters()).device
         scores: list[float | None] = [None] * len(ids)
-        padded = [_rounded_up(len(ids[row])) for row in fits]
+        padded = [_rounded_up(len(known[row])) for row in fits]
         for batch in token_budget_batches(padded, [0] * len(fits), self.token_budget):
             rows = [fits[at] for at in batch]
             width = min(max(padded[at] for at in batch), limit)
@@ -94,15 +103,20 @@ class LearnedPreference:
             )
             keep = torch.zeros_like(input_ids)
             for at, row in enumerate(rows):  # padded on the right: positions then need no care
-                input_ids[at, : len(ids[row])] = torch.tensor(ids[row], dtype=torch.long)
-                keep[at, : len(ids[row])] = 1
-            logits = self.model(input_ids=input_ids, attention_mask=keep).logits[:, 0].float()
+                input_ids[at, : len(known[row])] = torch.tensor(known[row], dtype=torch.long)
+                keep[at, : len(known[row])] = 1
+            logits = last_token_scores(self.model, input_ids, keep)
             for row, logit in zip(rows, logits.tolist(), strict=True):
                 scores[row] = (logit - self.mean) / self.std
         return scores
 
-    def _ids(self, messages: list[dict[str, str]]) -> list[int]:
-        return list(self.tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])  # type: ignore[arg-type, call-overload, index]
+    def _ids(self, messages: Messages, tools: list[Any] | None) -> list[int] | None:
+        from plumbline.policy_models.chat import TemplateRefusalError, encode
+
+        try:
+            return encode(self.tokenizer, messages, tools=tools)
+        except TemplateRefusalError:
+            return None
 
 
 class PreferenceEnsemble:
@@ -127,18 +141,20 @@ class PreferenceEnsemble:
             )
         self.members, self.caution, self.name = list(members), caution, name
 
-    def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+    reads_conversations = True
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
         return [
             None if mean is None or spread is None else mean - self.caution * spread
             for mean, spread in self.mean_and_spread(prompts, answers)
         ]
 
     def mean_and_spread(
-        self, prompts: Sequence[str], answers: Sequence[str]
+        self, prompts: Sequence[Prompt], answers: Sequence[str]
     ) -> list[tuple[float, float] | tuple[None, None]]:
         """(mean, population standard deviation) over the members, a row."""
         rows: list[tuple[float, float] | tuple[None, None]] = []
-        for scores in zip(*(member(prompts, answers) for member in self.members), strict=True):
+        for scores in zip(*(ask(member, prompts, answers) for member in self.members), strict=True):
             known = [score for score in scores if score is not None]
             if len(known) < len(scores):
                 rows.append((None, None))

@@ -7,7 +7,6 @@ the median distance as its width; its p-value comes from a permutation test, so 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from plumbline.rows import read_rows
 from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.findings import ScanItem
 from plumbline.safety.scanning import Scanning
@@ -104,15 +104,10 @@ def _scores(scanning: Scanning, texts: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The field `text` of each line of a JSON Lines file; ValueError with the line that has none."""
+    """The field `text` of each row of a file; ValueError with the line that has none."""
     texts = []
-    for line_no, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            try:
-                text = json.loads(line)["text"]
-            except (json.JSONDecodeError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f"{path}:{line_no}: needs a JSON object with a field 'text'")
-            texts.append(text)
+    for place, row in read_rows(path):
+        if not isinstance(row.get("text"), str):
+            raise ValueError(f"{place}: needs a JSON object with a field 'text' (found {sorted(row)})")
+        texts.append(row["text"])
     return texts

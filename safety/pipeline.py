@@ -18,10 +18,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,10 @@ from plumbline.safety.findings import (
 )
 from plumbline.safety.policy import Policy
 from plumbline.safety.scanning import Conversation, Scanning
-from plumbline.safety.text.redaction import Cut, Vault, merge, redact
+from plumbline.safety.text.normalise import SURROGATES
+from plumbline.safety.text.redaction import PLACEHOLDER, Cut, Vault, merge, redact
+from plumbline.safety.text.scripts import NO_BLANKS
+from plumbline.safety.workers import Worker
 
 if TYPE_CHECKING:  # the embedder is loaded by those who check facts
     from plumbline.safety.verifier.facts import FactChecker
@@ -48,7 +53,14 @@ Model = Callable[
     [list[dict[str, str]]], Any
 ]  # -> str, an iterable of str, or (for achat and astream) what awaits to either
 FACT_ACTIONS = ("annotate", "correct", "drop", "abstain")
-STAGE_OF_ROLE = {"user": Stage.INPUT, "tool": Stage.TOOL_RESULT, "function": Stage.TOOL_RESULT}
+TRUSTED_ROLES = ("system", "assistant")  # just so spelt: what the application and the model themselves said
+USER_ROLES = ("user", "human")  # in any case; the vault gives back what they wrote
+STAGE_OF_ROLE = {  # of the rest; any other role counts as input, which most rules look at
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "environment"), Stage.TOOL_RESULT),
+    **dict.fromkeys(("tool_response", "tool_result", "tool_output", "function_response"), Stage.TOOL_RESULT),
+    **dict.fromkeys(("document", "documents", "context", "retrieved"), Stage.RETRIEVED),
+}
+_ID = re.compile(r"[\w.:-]{1,64}")  # of a call, which ties a tool's result to it
 
 
 class Guard:
@@ -78,15 +90,18 @@ class Guard:
         every: int = 120,
         facts: FactChecker | None = None,
         fact_action: str = "annotate",
+        fact_seconds: float = 60.0,
     ) -> None:
         if fact_action not in FACT_ACTIONS:
             raise ValueError(f"{fact_action=} must be one of {', '.join(FACT_ACTIONS)}")
+        if fact_seconds <= 0:
+            raise ValueError(f"{fact_seconds=} must be above 0")
         if hold_back < 1 or every < 1:
             raise ValueError(f"{hold_back=} and {every=} must be at least 1 character")
         self.scanning = Scanning(policy, scanners)
         self.policy = self.scanning.policy
         self.model, self.hold_back, self.every = model, hold_back, every
-        self.facts, self.fact_action = facts, fact_action
+        self.facts, self.fact_action, self.fact_seconds = facts, fact_action, fact_seconds
         self._log = Path(log) if log else None
         self._log_lock = threading.Lock()
 
@@ -131,15 +146,21 @@ class Guard:
         if blocked := _worst(verdicts):
             yield blocked.text
             return
-        check = self._stream_check(messages, conversation)
         result = self._model()(messages)
-        for piece in [result] if isinstance(result, str) else result:
-            if safe := check.feed(piece):
+        if isinstance(result, str):  # there is nothing to wait for: one check of the whole
+            yield self._output(result, messages, verdicts, conversation, {}).text
+            return
+        check = self._stream_check(messages, conversation)
+        try:
+            for piece in result:
+                if safe := check.feed(piece):
+                    yield safe
+                if check.stopped:
+                    return
+            if safe := check.close():
                 yield safe
-            if check.stopped:
-                return
-        if safe := check.close():
-            yield safe
+        finally:
+            check.remember(conversation)
 
     async def astream(
         self, prompt: str | Sequence[Message], *, conversation: Conversation | None = None
@@ -152,14 +173,24 @@ class Guard:
         if blocked := _worst(verdicts):
             yield blocked.text
             return
+        result = self._model()(messages)
+        if isinstance(result, Awaitable):
+            result = await result
+        if isinstance(result, str):
+            answer = await asyncio.to_thread(self._output, result, messages, verdicts, talk, {})
+            yield answer.text
+            return
         check = self._stream_check(messages, talk)
-        async for piece in _pieces(self._model()(messages)):
-            if safe := await asyncio.to_thread(check.feed, piece):
+        try:
+            async for piece in _pieces(result):
+                if safe := await asyncio.to_thread(check.feed, piece):
+                    yield safe
+                if check.stopped:
+                    return
+            if safe := await asyncio.to_thread(check.close):
                 yield safe
-            if check.stopped:
-                return
-        if safe := await asyncio.to_thread(check.close):
-            yield safe
+        finally:
+            check.remember(talk)
 
     def _stream_check(self, messages: Sequence[Message], conversation: Conversation) -> StreamCheck:
         prompt, system = _last_user(messages), _system(messages)
@@ -172,36 +203,98 @@ class Guard:
     ) -> tuple[list[dict[str, str]], dict[str, Verdict], Conversation, dict[str, float]]:
         """Messages as the model may see them, verdicts by layer, and the conversation with this turn in it."""
         started = time.perf_counter()
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
-        for at, message in enumerate(messages):
+        given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else [dict(m) for m in prompt]
+        for at, message in enumerate(given):
             if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
                 raise ValueError(
                     f"messages[{at}] must have 'role' and 'content', both text; got keys {sorted(message)}"
                 )
+        messages = [_each_text(message, lambda key, text: mended(text)) for message in given]
         conversation = conversation or Conversation()
-        if sum(message["role"] == "user" for message in messages) > 1:
+        inputs = [m for m in messages if m["role"] not in TRUSTED_ROLES and _stage_of(m) is Stage.INPUT]
+        if len(inputs) > 1:
             conversation.turns.clear()  # the messages bring the earlier turns along: they must not count twice
+        for message in messages:
+            if message["role"] in TRUSTED_ROLES:
+                conversation.vault.reserve(message["content"])
         verdicts: dict[str, Verdict] = {}
-        users = 0
         for at, message in enumerate(messages):
-            stage = STAGE_OF_ROLE.get(message["role"])
-            if stage is None:  # what the application or the model itself said
-                continue
-            context = Conversation(turns=list(conversation.turns), vault=conversation.vault)
-            verdict = self.check(message["content"], stage, conversation=context, system=_system(messages))
-            users += stage is Stage.INPUT
-            verdicts[f"{stage}" if at == len(messages) - 1 else f"{stage} {at}"] = verdict
-            if stage is Stage.INPUT:
-                conversation.turns.append(verdict.findings)
-            message["content"] = verdict.text
-            if verdict.action is Action.HALT:
-                conversation.halted = True
-        if not users and not any(message["role"] == "tool" for message in messages):
+            if message["role"] not in TRUSTED_ROLES:
+                self._check_message(at, messages, verdicts, conversation)
+        if not any(message["role"] not in TRUSTED_ROLES for message in messages):
             raise ValueError("no message with the role 'user': there is nothing to answer")
+        for at, message in enumerate(messages):
+            if message["role"] == "assistant":
+                messages[at] = self._mask_answer(at, message, verdicts, conversation, _system(messages))
         if conversation.halted and not _worst(verdicts):
             last = next(reversed(verdicts))
             verdicts[last] = replace(verdicts[last], action=Action.HALT, text=self.policy.replies["refuse"])
         return messages, verdicts, conversation, {"input": (time.perf_counter() - started) * 1000}
+
+    def _check_message(
+        self,
+        at: int,
+        messages: list[dict[str, Any]],
+        verdicts: dict[str, Verdict],
+        conversation: Conversation,
+    ) -> None:
+        """Checks message `at`, which neither the application nor the model wrote, and puts in its place what the model may see."""
+        message, system = messages[at], _system(messages)
+        stage, is_user = _stage_of(message), _is_user(message)
+        context = replace(conversation, turns=list(conversation.turns))
+        kept = conversation.digest(stage, message["content"]) in conversation.masked
+
+        def checked(text: str, ours: bool = False) -> Verdict:
+            item = ScanItem(text=text, stage=stage, system=system)
+            how = {"conversation": context, "own": is_user, "ours": ours}
+            return self._logged(self.scanning.check_batch([item], **how)[0])
+
+        def of_other(key: str, text: str) -> str:
+            if key in ("tool_call_id", "id") and _ID.fullmatch(text) or not text.strip():
+                return text
+            verdict = checked(text)
+            if verdict.action > Action.ALLOW:
+                verdicts[f"{name}, {key}"] = verdict
+            return verdict.text
+
+        name = f"{stage}" if at == len(messages) - 1 else f"{stage} {at}"
+        others = {key: value for key, value in message.items() if key not in ("role", "content")}
+        verdict = checked(message["content"], ours=kept)
+        verdicts[name] = verdict
+        messages[at] = {"role": message["role"], "content": verdict.text} | _each_text(others, of_other)
+        conversation.masked.add(conversation.digest(stage, verdict.text))
+        if stage is Stage.INPUT:
+            conversation.turns.append(verdict.findings)
+        if any(one.action is Action.HALT for one in verdicts.values()):
+            conversation.halted = True
+
+    def _mask_answer(
+        self,
+        at: int,
+        message: dict[str, Any],
+        verdicts: dict[str, Verdict],
+        conversation: Conversation,
+        system: str,
+    ) -> dict[str, Any]:
+        """An earlier answer as the model may see it: what the vault hides is hidden in it too.
+
+        An application keeps its history with our answers in clear, or masked, or cut, or begins a new `Conversation` with an old
+        history: an answer that this conversation did not give is looked through by the scanners that redact.
+        """
+        digest = conversation.digest("assistant", message["content"])
+        if digest in conversation.masked:
+            return message
+        vault = conversation.vault
+        masked = _each_text(message, lambda key, text: text if key == "role" else vault.mask(text))
+        if digest not in conversation.shown and (only := self.scanning.redacting):
+            item = ScanItem(text=masked["content"], stage=Stage.OUTPUT, system=system)
+            how = {"conversation": conversation, "own": False, "ours": True, "only": only}
+            verdict = self.scanning.check_batch([item], **how)[0]
+            if any(one.rule in ("on_error", "max_chars") for one in verdict.fired):
+                verdicts[f"{Stage.OUTPUT} {at}"] = self._logged(verdict)
+            cuts = self.scanning.cuts(verdict, len(item.text))
+            masked["content"] = redact(item.text, cuts, vault, own=False, ours=True)
+        return masked
 
     def _output(
         self,
@@ -212,6 +305,7 @@ class Guard:
         ms: dict[str, float],
     ) -> GuardedAnswer:
         citations: tuple[Evidence, ...] = ()
+        said = mended(said)
         if self.facts:
             started = time.perf_counter()
             verdict, said, citations = self._fact_check(said)
@@ -219,7 +313,6 @@ class Guard:
             if verdict.blocked:
                 return _refused(verdict, verdicts, ms)
         started = time.perf_counter()
-        own = set(conversation.vault.values)  # what the user wrote; personal data that the model came up with stays out
         context = Conversation(vault=conversation.vault)
         verdict = self.check(
             said, Stage.OUTPUT, prompt=_last_user(messages), system=_system(messages), conversation=context
@@ -229,7 +322,9 @@ class Guard:
         if verdict.blocked:
             return _refused(verdict, verdicts, ms)
         action = max(one.action for one in verdicts.values())
-        text = conversation.vault.restore(verdict.text, own)
+        text = conversation.vault.restore(verdict.text)
+        conversation.masked.add(conversation.digest("assistant", verdict.text))
+        conversation.shown.add(conversation.digest("assistant", text))
         return GuardedAnswer(text=text, action=action, verdicts=verdicts, citations=citations, ms=ms)
 
     def _fact_check(self, said: str) -> tuple[Verdict, str, tuple[Evidence, ...]]:
@@ -239,10 +334,13 @@ class Guard:
         assert self.facts
         started = time.perf_counter()
         try:
-            report = self.facts.check(said)
+            report = Worker().run(partial(self.facts.check, said), self.fact_seconds)
+            if isinstance(report, BaseException):
+                raise report
             text = act(report, self.fact_action)  # type: ignore[arg-type]  # checked in __init__
         except Exception as error:  # noqa: BLE001  the policy decides what an unchecked answer is worth
-            failed = ScannerRun(scanner="facts", status=Status.ERROR, detail=type(error).__name__)
+            status = Status.TIMEOUT if isinstance(error, TimeoutError) else Status.ERROR
+            failed = ScannerRun(scanner="facts", status=status, detail=type(error).__name__)
             return self._logged(self.scanning.decide(said, (), Stage.OUTPUT, failed)), said, ()
         run = ScannerRun(scanner="facts", status=Status.OK, ms=(time.perf_counter() - started) * 1000)
         verdict = self.scanning.decide(said, report.findings(), Stage.OUTPUT, run)
@@ -264,38 +362,52 @@ class Guard:
 
 
 class StreamCheck:
-    """Turns pieces of an answer into pieces that may be shown.
+    """Turns pieces of an answer into pieces that may be shown, the same text however the answer is cut into pieces.
 
-    Text leaves only up to a blank that stands `hold_back` characters before the end of what was checked, and not into a span that is to be
-    redacted. Before the last piece leaves, the whole answer is checked once more as an output.
+    It is checked whenever `every` more characters are there, wherever the pieces end. Text leaves only up to a blank, or a letter of a
+    script without blanks, that stands `hold_back` characters before the end of what was checked, and not into a span that is to
+    be redacted or into a placeholder. Before the last piece leaves, the whole answer is checked once more as an output.
     """
 
     CONTEXT = 400  # characters before the held text that are checked with it
 
     def __init__(self, guard: Guard, vault: Vault, *, prompt: str = "", system: str = "") -> None:
         self.guard, self.vault, self.prompt, self.system = guard, vault, prompt, system
-        self.own = set(vault.values)  # what the user wrote, and so may get back
-        self.said = ""  # everything the model said
-        self.shown = 0  # characters of it that left
-        self.checked = 0
+        self.said = ""  # what the model said, as far as it was checked
+        self.waiting = ""  # and what it said since
+        self.half = ""  # the first half of a surrogate pair
+        self.shown = 0  # characters of `said` that left
+        self.masked: list[str] = []  # what left, before the vault gave anything back
+        self.given: list[str] = []  # and after
         self.stopped = False
         self.verdicts: list[Verdict] = []
 
     def feed(self, piece: str) -> str:
         """What may be shown now; often nothing."""
-        if self.stopped:
-            return ""
-        self.said += piece
-        if len(self.said) - self.checked < self.guard.every:
-            return ""
-        return self._release(final=False)
+        piece = self.half + piece
+        self.half = piece[-1:] if "\ud800" <= piece[-1:] <= "\udbff" else ""
+        self.waiting += mended(piece[: len(piece) - len(self.half)])
+        out = []
+        while not self.stopped and len(self.waiting) >= self.guard.every:
+            self.said += self.waiting[: self.guard.every]
+            self.waiting = self.waiting[self.guard.every :]
+            out.append(self._release(final=False))
+        return "".join(out)
 
     def close(self) -> str:
         """The rest, once the model has finished."""
-        return "" if self.stopped else self._release(final=True)
+        if self.stopped:
+            return ""
+        self.said += self.waiting + mended(self.half)
+        self.waiting = self.half = ""
+        return self._release(final=True)
+
+    def remember(self, conversation: Conversation) -> None:
+        """Notes in a conversation what was shown, so that a later turn knows it again."""
+        conversation.masked.add(conversation.digest("assistant", "".join(self.masked)))
+        conversation.shown.add(conversation.digest("assistant", "".join(self.given)))
 
     def _release(self, *, final: bool) -> str:
-        self.checked = len(self.said)
         first = 0 if final else max(0, self.shown - self.CONTEXT)
         # Back to the end of a sentence, so that the next stretch has the same sentences, or at least not into a word.
         while first and self.said[first - 1] not in ".!?\n" and self.shown - first < 1.5 * self.CONTEXT:
@@ -310,7 +422,7 @@ class StreamCheck:
         self.verdicts.append(verdict)
         if verdict.blocked:
             self.stopped = True
-            return verdict.text if not self.shown else f"\n\n{verdict.text}"
+            return self._leave(verdict.text if not self.shown else f"\n\n{verdict.text}")
         cuts = [
             replace(cut, start=max(cut.start + first, self.shown), end=cut.end + first)
             for cut in merge(self.guard.scanning.cuts(verdict, len(part)))
@@ -320,18 +432,25 @@ class StreamCheck:
         inside = [
             replace(cut, start=cut.start - self.shown, end=cut.end - self.shown) for cut in cuts if cut.end <= end
         ]
-        safe = redact(self.said[self.shown : end], inside, self.vault)
+        safe = redact(self.said[self.shown : end], inside, self.vault, own=False, ours=True)
         self.shown = end
         self.stopped = final
-        return self.vault.restore(safe, self.own)
+        return self._leave(safe)
+
+    def _leave(self, safe: str) -> str:
+        self.masked.append(safe)
+        self.given.append(self.vault.restore(safe))
+        return self.given[-1]
 
     def _safe_end(self, cuts: Sequence[Cut]) -> int:
         end = max(self.shown, len(self.said) - self.guard.hold_back)
         while end > self.shown and not _breaks(self.said, end):
             end -= 1
-        for cut in cuts:  # not into a span: it may still grow
-            if cut.start < end < cut.end or cut.end == len(self.said) and cut.start < end:
-                end = max(self.shown, cut.start)
+        spans = [(cut.start, cut.end) for cut in cuts]
+        spans += [found.span() for found in PLACEHOLDER.finditer(self.said, self.shown)]
+        for start, last in sorted(spans, reverse=True):  # not into a span: it may still grow
+            if start < end < last or last == len(self.said) and start < end:
+                end = max(self.shown, start)
         return end
 
 
@@ -356,10 +475,12 @@ def record(verdict: Verdict) -> dict[str, Any]:
     }  # fmt: skip
 
 
+_NO_BLANK = re.compile(f"[{NO_BLANKS}]")
+
+
 def _breaks(text: str, at: int) -> bool:
-    """Whether a stream may be cut here: after a blank, or beside a letter of a script that writes without blanks."""
-    before = text[at - 1]
-    return before.isspace() or (ord(before) > 0x2E7F and before.isalnum())
+    """Whether a stream may be cut here: after a blank, or after a letter or sign of a script that is written without blanks."""
+    return text[at - 1].isspace() or _NO_BLANK.match(text[at - 1]) is not None
 
 
 def _refused(verdict: Verdict, verdicts: dict[str, Verdict], ms: dict[str, float]) -> GuardedAnswer:
@@ -370,8 +491,34 @@ def _worst(verdicts: Mapping[str, Verdict]) -> Verdict | None:
     return max((one for one in verdicts.values() if one.blocked), key=lambda one: one.action, default=None)
 
 
+def mended(text: str) -> str:
+    """The text with the two halves of a surrogate pair joined, and half a pair, which is no character, as U+FFFD."""
+    if not SURROGATES.search(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _each_text(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """A message, or what is in it, with every text put through `change(key, text)`; everything else as it is."""
+    if isinstance(value, str):
+        return change(key, value)
+    if isinstance(value, Mapping):
+        return {name: _each_text(inner, change, str(name)) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(inner, change, key) for inner in value]
+    return value
+
+
+def _is_user(message: Message) -> bool:
+    return message["role"].strip().lower() in USER_ROLES
+
+
+def _stage_of(message: Message) -> Stage:
+    return STAGE_OF_ROLE.get(message["role"].strip().lower(), Stage.INPUT)
+
+
 def _last_user(messages: Sequence[Message]) -> str:
-    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+    return next((message["content"] for message in reversed(messages) if _is_user(message)), "")
 
 
 def _system(messages: Sequence[Message]) -> str:

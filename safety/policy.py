@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -56,6 +56,13 @@ class Condition:
     parts: tuple[Condition, ...] = ()
     match: Match = field(default_factory=Match)
     at_least: int = 1
+
+    def matches(self) -> Iterator[Match]:
+        """What it looks for, at every leaf."""
+        if not self.parts:
+            yield self.match
+        for part in self.parts:
+            yield from part.matches()
 
     def holds(self, findings: Sequence[Finding], earlier: Sequence[Sequence[Finding]]) -> tuple[bool, frozenset[int]]:
         """Whether it holds, and the findings of this turn that made it hold."""
@@ -148,6 +155,16 @@ class Policy:
                     )
         return fired
 
+    def may_redact(self, scanner: str, categories: Sequence[str]) -> bool:
+        """Whether a redacting rule speaks of findings that a scanner of these categories (codes or globs) may have."""
+        return any(
+            any(fnmatchcase(scanner, glob) for glob in match.scanner)
+            and any(fnmatchcase(a, b) or fnmatchcase(b, a) for a in categories or ("*",) for b in match.category)
+            for rule in self.rules
+            if rule.action is Action.REDACT
+            for match in rule.condition.matches()
+        )
+
     def rule(self, name: str) -> Rule | None:
         return next((rule for rule in self.rules if rule.name == name), None)
 
@@ -187,10 +204,35 @@ def load_policy(source: str | Path | Mapping[str, Any]) -> Policy:
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise FileNotFoundError(f"no policy {str(source)!r}: give the path of a YAML file, or one of {names}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = _yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply to be a policy") from None
     return parse_policy(raw, str(path))
+
+
+MAX_NODES = 20_000  # of a policy file, aliases written out
+
+
+def _yaml(text: str, where: str) -> Any:
+    """The values of a YAML text; ValueError where its aliases would make it grow: nine lines of them can hold a billion values."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node) -> int:
+        if id(node) not in sizes:
+            sizes[id(node)] = MAX_NODES + 1  # of a node that holds itself
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            inner = (part for entry in parts for part in (entry if isinstance(entry, tuple) else (entry,)))
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if root is not None and size(root) > MAX_NODES:
+        raise ValueError(
+            f"{where}: more than {MAX_NODES} values once its aliases are written out; write out fewer of them"
+        )
+    return yaml.safe_load(text)
 
 
 def parse_policy(raw: Any, where: str) -> Policy:

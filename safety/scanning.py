@@ -13,12 +13,14 @@ import hashlib
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from plumbline.safety.findings import (
+    OUTPUT_STAGES,
     Action,
     Finding,
     Fired,
@@ -32,11 +34,12 @@ from plumbline.safety.findings import (
 )
 from plumbline.safety.policy import Policy, ScannerSettings, load_policy
 from plumbline.safety.scanners import build_scanner
-from plumbline.safety.text.normalise import View, views
+from plumbline.safety.text.normalise import SURROGATES, View, views
 from plumbline.safety.text.redaction import Cut, Vault, cuts_of, redact
 from plumbline.safety.workers import Worker
 
 COSTS = ("regex", "cpu", "gpu", "llm")
+MAX_FINDINGS = 10_000  # that a scanner may have in one text
 MAX_LEFT_BEHIND = 2  # hung threads a scanner may have before it counts as busy
 
 
@@ -47,6 +50,13 @@ class Conversation:
     turns: list[tuple[Finding, ...]] = field(default_factory=list)
     vault: Vault = field(default_factory=Vault)
     halted: bool = False
+    masked: set[str] = field(default_factory=set)  # digests of texts with placeholders that the guard made
+    shown: set[str] = field(default_factory=set)  # and of answers that it gave to the user
+
+    @staticmethod
+    def digest(role: str, text: str) -> str:
+        """What `masked` and `shown` hold of a text of a role; blanks around it do not count."""
+        return hashlib.sha256(f"{role}\0{text.strip()}".encode("utf-8", "surrogatepass")).hexdigest()
 
 
 @dataclass
@@ -94,18 +104,38 @@ class Scanning:
         """The verdict on one text; `context` is what else ScanItem takes (prompt, system, documents)."""
         return self.check_batch([ScanItem(text=text, stage=stage, **context)], conversation=conversation)[0]
 
-    def check_batch(self, items: Sequence[ScanItem], *, conversation: Conversation | None = None) -> list[Verdict]:
-        """One verdict an item. With a conversation, the rules see its earlier turns; nothing is added to it here."""
+    def check_batch(
+        self,
+        items: Sequence[ScanItem],
+        *,
+        conversation: Conversation | None = None,
+        own: bool | None = None,
+        ours: bool | None = None,
+        only: Collection[str] | None = None,
+    ) -> list[Verdict]:
+        """One verdict an item. With a conversation, the rules see its earlier turns; nothing is added to it here but to its vault.
+
+        own: whether the user wrote the texts, and may get back what is hidden (None: those of the input stage).
+        ours: whether placeholders in them are the vault's (None: in answers), or were typed.
+        only: names of the scanners to run.
+        """
         earlier = conversation.turns if conversation else ()
         vault = conversation.vault if conversation else Vault()
         texts = [self._take(item, earlier) for item in items]
         for tier in COSTS:
             for entry, scanner in self.scanners:
-                if scanner.cost == tier:
+                if scanner.cost == tier and (only is None or entry.name in only):
                     waiting = [text for text in texts if self._wanted(entry, scanner, text)]
                     if waiting:
                         self._run(entry, scanner, waiting)
-        return [self._verdict(text, vault) for text in texts]
+        return [self._verdict(text, vault, own, ours) for text in texts]
+
+    @property
+    def redacting(self) -> frozenset[str]:
+        """Names of the scanners that a redacting rule may act on."""
+        return frozenset(
+            entry.name for entry, scanner in self.scanners if self.policy.may_redact(entry.name, scanner.categories)
+        )
 
     def decide(self, text: str, findings: Sequence[Finding], stage: Stage, run: ScannerRun) -> Verdict:
         """The policy's verdict on findings made elsewhere, such as those of a fact check; a failed `run` goes through `on_error`."""
@@ -185,23 +215,16 @@ class Scanning:
             return Status.TIMEOUT, [], "still busy with earlier texts"
         worker = self._worker()
         try:
-            result = worker.run(partial(scanner.scan, items), entry.timeout_ms / 1000 * max(1, len(items)))
+            result = worker.run(partial(_answers, scanner, items), entry.timeout_ms / 1000 * max(1, len(items)))
         except TimeoutError:
             left.append(worker.thread)
             return Status.TIMEOUT, [], f"no answer after {entry.timeout_ms:g} ms a text"
         self._idle.append(worker)
         if isinstance(result, BaseException):  # the message may quote the text: only the kind is kept
             return Status.ERROR, [], type(result).__name__
-        try:
-            answers = [list(findings) for findings in result]
-            good = len(answers) == len(items) and all(
-                isinstance(one, Finding) for findings in answers for one in findings
-            )
-        except TypeError:
-            good = False
-        if not good:
+        if result is None:
             return Status.ERROR, [], f"did not answer with one list of findings for each of {len(items)} texts"
-        return Status.OK, answers, ""
+        return Status.OK, result, ""
 
     def _worker(self) -> Worker:
         while True:
@@ -212,8 +235,10 @@ class Scanning:
             if worker.thread.is_alive():  # in a forked process those of the parent are not
                 return worker
 
-    def _verdict(self, text: _Text, vault: Vault) -> Verdict:
+    def _verdict(self, text: _Text, vault: Vault, own: bool | None = None, ours: bool | None = None) -> Verdict:
         policy, original, stage = self.policy, text.item.text, text.item.stage
+        own = stage is Stage.INPUT if own is None else own
+        ours = stage in OUTPUT_STAGES if ours is None else ours
         fired = [*text.failed, *policy.decide(text.findings, stage, text.earlier)]
         action = max((one.action for one in fired), default=Action.ALLOW)
         verdict = Verdict(
@@ -223,7 +248,11 @@ class Scanning:
         )  # fmt: skip
         if action >= Action.BLOCK:
             return replace(verdict, text=self._reply(fired, action))
-        return replace(verdict, text=redact(original, self.cuts(verdict, len(original)), vault))
+        passed_on = SURROGATES.sub(
+            "\ufffd", original
+        )  # half a pair is no character: it is read and passed on as U+FFFD
+        cuts = self.cuts(verdict, len(original))
+        return replace(verdict, text=redact(passed_on, cuts, vault, own=own, ours=ours))
 
     def cuts(self, verdict: Verdict, length: int) -> list[Cut]:
         """What the redacting rules of a verdict take out of its text of `length` characters."""
@@ -243,6 +272,22 @@ class Scanning:
                 rule = self.policy.rule(one.rule)
                 return self.policy.replies[rule.reply if rule else "refuse"]
         return self.policy.replies["refuse"]
+
+
+def _answers(scanner: Scanner, items: list[ScanItem]) -> list[list[Finding]] | None:
+    """What a scanner says, read to its end here, in the worker: it may be a generator. None if it is not a list of findings an item."""
+    said = scanner.scan(items)
+    answers: list[list[Finding]] = []
+    try:
+        for findings in said:
+            answers.append(list(islice(findings, MAX_FINDINGS + 1)))
+            if len(answers) > len(items) or len(answers[-1]) > MAX_FINDINGS:
+                return None
+            if not all(isinstance(one, Finding) for one in answers[-1]):
+                return None
+    except TypeError:  # nothing to iterate over
+        return None
+    return answers if len(answers) == len(items) else None
 
 
 def _in_original(finding: Finding, view: View) -> Finding:

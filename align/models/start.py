@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from plumbline.align.runtime.launch import pick_dtype
+from plumbline.align.runtime.launch import pick_dtype, replacing
 from plumbline.policy_models.attention import default_attention
 from plumbline.policy_models.compression.quantise import quantise as quantise_model
-from plumbline.policy_models.loading import load_policy, load_scalar_model
+from plumbline.policy_models.loading import attach_adapter, load_policy, load_scalar_model
 
 
 @dataclass(kw_only=True)
@@ -33,6 +33,7 @@ class ModelSettings:
         default=None, metadata={"help": "adapters on the last n layers only: no backward through the others; none: all"}
     )
     lora_experts: bool = field(default=False, metadata={"help": "adapters on the experts too"})
+    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
     quantise: str = field(
         default="none",
         metadata={"help": "bits of the frozen weights under the adapters, experts too: none, 8bit or 4bit"},
@@ -93,14 +94,22 @@ class ModelSettings:
 
     def _linear_names(self, model: PreTrainedModel) -> list[str]:
         """Full names of the linear layers that the settings choose; ValueError when they choose none."""
-        wanted = None if self.lora_targets == "all-linear" else {t.strip() for t in self.lora_targets.split(",")}
+        named = {t.strip() for t in self.lora_targets.split(",")}
+        wanted = None if self.lora_targets == "all-linear" else named
         first = model.config.num_hidden_layers - (self.lora_top_layers or model.config.num_hidden_layers)
-        names = []
+        names, known = [], set()
         for name, module in model.named_modules():
             layer = re.search(r"\.(?:layers|h|blocks)\.(\d+)\.", f".{name}.")
             linear = isinstance(module, nn.Linear | Conv1D)
+            if linear and layer:
+                known.add(name.rsplit(".", 1)[-1])
             if linear and layer and int(layer.group(1)) >= first and (not wanted or name.rsplit(".", 1)[-1] in wanted):
                 names.append(name)
+        if strangers := sorted((wanted or set()) - known):
+            raise ValueError(
+                f"lora_targets={self.lora_targets!r}: {', '.join(map(repr, strangers))} name no linear layer of a block of "
+                f"{type(model).__name__}; there are {', '.join(sorted(known))} (the head and the embeddings take none)"
+            )
         if not names:
             raise ValueError(
                 f"lora_targets={self.lora_targets!r} with lora_top_layers={self.lora_top_layers} match no linear layer "
@@ -121,7 +130,7 @@ def _load_dense(source: str, dtype: torch.dtype) -> PreTrainedModel:
         adapter = LoraConfig.from_pretrained(str(folder))
         base = load_policy(str(adapter.base_model_name_or_path), dtype=torch.float32)
         # merged in fp32 and rounded once: bf16 weights would swallow small updates one by one
-        merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+        merged = attach_adapter(base, folder).merge_and_unload()
         return cast_parameters(merged, dtype)
     return load_policy(source, dtype=dtype, attn_implementation=default_attention())
 
@@ -142,10 +151,12 @@ def save_merged(trainer: Any, settings: ModelSettings, run: Path, tokenizer: Any
     if trainer.accelerator.is_main_process:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if settings.lora:
-            model.save_pretrained(run / "adapter")
+            with replacing(run / "adapter") as folder:
+                model.save_pretrained(folder)
             load = load_scalar_model if scalar else load_start
             base = load(settings.model, dtype=torch.float32)
-            model = PeftModel.from_pretrained(base, str(run / "adapter")).merge_and_unload()
-        cast_parameters(model, pick_dtype(settings.dtype)).save_pretrained(run / "model")
-        tokenizer.save_pretrained(run / "model")
+            model = attach_adapter(base, run / "adapter").merge_and_unload()
+        with replacing(run / "model") as folder:
+            cast_parameters(model, pick_dtype(settings.dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
     trainer.accelerator.wait_for_everyone()

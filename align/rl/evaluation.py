@@ -9,6 +9,7 @@ from plumbline.align.rl.watch import grader_watch
 from plumbline.align.runtime.tracking import Metrics, sample_rows, write_rows
 from plumbline.paths import resolve_path
 from plumbline.reward import Scaling, statistics
+from plumbline.reward.contracts import ask
 
 PPO = Any  # the run of align/ppo.py, which imports this file
 
@@ -24,13 +25,13 @@ def evaluate(ppo: PPO, step: int, metrics: Metrics) -> dict[str, float]:
         device = ppo.accelerator.device
         answers, texts = ppo.sample(ppo.eval_ids, torch.Generator(device).manual_seed(ppo.settings.seed + 1))
         prompts = texts_of(ppo.eval_prompts)
-        reward = ppo.reward(prompts, texts)
+        reward = ppo.reward(ppo.eval_prompts, texts)
         fill = ppo.tokenizer.pad_token_id
         answer_ids = pad_answers([a.ids for a in answers], fill=fill, dtype=torch.long).to(device)
         keep = pad_answers([[1] * len(a.ids) for a in answers], fill=0, dtype=torch.bool).to(device)
         trunk = ppo.trunk(ppo.eval_ids, answer_ids, keep)
         logp, ref_logp, _, _ = ppo.log_probabilities(ppo.eval_ids, answer_ids, keep, trunk)
-        graded = ppo.grader(prompts, texts) if ppo.grader else None
+        graded = ask(ppo.grader, ppo.eval_prompts, texts) if ppo.grader else None
     rows = sample_rows(prompts, texts, reward, graded)
     watched = grader_watch(rows, ppo.run / "samples" / "step-000000.jsonl") if step else {}
     if ppo.accelerator.is_main_process:
@@ -62,7 +63,7 @@ def fit_scaling(ppo: PPO) -> None:
         rows = torch.randperm(len(ppo.prompts), generator=shuffle).tolist()[: settings.scaling_prompts]
         draws = torch.Generator(ppo.accelerator.device).manual_seed(settings.seed + 2)
         _, texts = ppo.sample([ppo.prompt_ids[r] for r in rows], draws, reference=True)
-        ppo.reward.fit(texts_of([ppo.prompts[r] for r in rows]), texts)
+        ppo.reward.fit([ppo.prompts[r] for r in rows], texts)
     if ppo.accelerator.is_main_process:
         assert ppo.reward.scaling is not None
         ppo.reward.scaling.save(path)

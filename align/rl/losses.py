@@ -58,7 +58,8 @@ def clipped_value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """0.5 * max((V - R)^2, (V_clipped - R)^2), V_clipped within `clip` of V_old; sum over kept tokens / num_tokens."""
     value_BR, old_value_BR, return_BR = (x.masked_fill(~keep_BR, 0.0) for x in (value_BR, old_value_BR, return_BR))
-    near_BR = old_value_BR + (value_BR - old_value_BR).clamp(-clip, clip)
+    # a clamp between bounds, not old + clamp(difference): inside the band it is V to the bit, and no rounding counts as clipped
+    near_BR = value_BR.clamp(old_value_BR - clip, old_value_BR + clip)
     free_BR = (value_BR - return_BR).square()
     held_BR = (near_BR - return_BR).square()
     with torch.no_grad():

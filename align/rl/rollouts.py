@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from plumbline.align.data.rows import Messages, last_user_text
+from plumbline.policy_models.chat import TemplateRefusalError, encode, takes_system
 from plumbline.policy_models.logprobs import Trunk, token_budget_batches
 
 
@@ -52,13 +54,48 @@ class RolloutBatch:
 
 
 def drop_long_prompts(
-    prompts: list[Messages], ids: list[list[int]], limit: int
+    prompts: list[Messages], ids: list[list[int]], limit: int, *, what: str = "rollouts"
 ) -> tuple[list[Messages], list[list[int]]]:
-    """Leaves out prompts of more than `limit` tokens (never cut: a cut prompt asks something else)."""
+    """Leaves out prompts of more than `limit` tokens (never cut: a cut prompt asks something else), and says how many."""
     kept = [(p, i) for p, i in zip(prompts, ids, strict=True) if len(i) <= limit]
+    lengths = [len(i) for i in ids]
     if not kept:
-        raise ValueError(f"max_prompt_tokens={limit}: all {len(prompts)} prompts are longer; raise the limit")
+        raise ValueError(
+            f"max_prompt_tokens={limit}: all {len(prompts)} prompts are longer; raise the limit: the shortest has "
+            f"{min(lengths)} tokens, {max(lengths)} would keep all"
+        )
+    if len(kept) < len(prompts):
+        print(
+            f"{what}: {len(prompts) - len(kept)} of {len(prompts)} prompts are longer than max_prompt_tokens={limit} "
+            f"tokens: left out; {max(lengths)} would keep all"
+        )
     return [p for p, _ in kept], [i for _, i in kept]
+
+
+def encode_fitting(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[Messages], limit: int, *, what: str
+) -> tuple[list[Messages], list[list[int]]]:
+    """(prompts, their ids) of those that the chat template takes and that have at most `limit` tokens; says what is left out.
+
+    ValueError when none is left.
+    """
+    taken, ids, refusal = [], [], ""
+    for prompt in prompts:
+        try:
+            ids.append(encode(tokenizer, prompt, open_turn=True))
+            taken.append(prompt)
+        except TemplateRefusalError as error:
+            refusal = refusal or str(error)
+    if not taken:
+        raise ValueError(f"none of {len(prompts)} prompts is taken: {refusal}")
+    if refusal:
+        print(f"{what}: {len(prompts) - len(taken)} of {len(prompts)} prompts are left out: {refusal}")
+    folded = sum(prompt[0]["role"] == "system" for prompt in taken)
+    if folded and not takes_system(tokenizer):
+        print(
+            f"{what}: the chat template takes no system role: in {folded} prompts its text opens the user's first turn"
+        )
+    return drop_long_prompts(taken, ids, limit, what=what)
 
 
 def pad_answers(rows: Sequence[Sequence[float]], *, fill: float, dtype: torch.dtype) -> Tensor:
@@ -71,7 +108,7 @@ def pad_answers(rows: Sequence[Sequence[float]], *, fill: float, dtype: torch.dt
 
 
 def texts_of(prompts: Sequence[Messages]) -> list[str]:
-    """The last user turn of each prompt, which is what rewards and reports look at."""
+    """The last user turn of each prompt, which is what reports show; rewards are given the whole prompts."""
     return [last_user_text(prompt) for prompt in prompts]
 
 

@@ -32,9 +32,18 @@ class PPOSettings(ModelSettings):
     prompts_file: str = field(
         default=str(STARTER / "prompts.jsonl"), metadata={"help": "JSON Lines with a field prompt"}
     )
+    prompt_shares: str | None = field(
+        default=None,
+        metadata={"help": "kinds of a step's prompts, such as harmful=0.4,twin=0.4,ordinary=0.2; none: as in the file"},
+    )
+    trust_kinds: bool = field(
+        default=True,
+        metadata={
+            "help": "where a prompt's row says its kind, reward by that and not by what the harm scanner guesses"
+        },
+    )
     eval_prompts_file: str | None = field(default=None, metadata={"help": "held-out prompts; none: no evaluation"})
     seed: int = field(default=0, metadata={"help": "of prompts, sampling and initialisation"})
-    resume: bool = field(default=False, metadata={"help": "go on from the newest checkpoint in output_dir"})
 
     steps: int = field(default=20, metadata={"help": "rollouts, each followed by its updates"})
     rollouts_per_step: int = field(default=64, metadata={"help": "answers a step, all ranks together"})
@@ -106,7 +115,14 @@ class PPOSettings(ModelSettings):
         default=0.0, metadata={"help": "bound of its mean raw score; of the negated score where its weight is positive"}
     )
     multiplier_start: float = field(default=1.0, metadata={"help": "Lagrange multiplier at the start"})
-    multiplier_lr: float = field(default=0.1, metadata={"help": "rate of its logarithm, once a rollout"})
+    multiplier_lr: float = field(
+        default=0.1, metadata={"help": "rate of its logarithm, or of the integral of pid, once a rollout"}
+    )
+    multiplier_control: str = field(
+        default="log", metadata={"help": "log: its logarithm follows the excess cost; pid: proportional and integral"}
+    )
+    multiplier_gain: float = field(default=1.0, metadata={"help": "of pid: per unit of excess cost, at once"})
+    multiplier_damping: float = field(default=0.0, metadata={"help": "of pid: per unit by which the excess rose"})
     multiplier_max: float = field(default=10.0, metadata={"help": "its upper bound"})
 
     fluency_weight: float = field(default=1.0, metadata={"help": "alpha"})
@@ -149,6 +165,9 @@ class PPOSettings(ModelSettings):
                 value = getattr(self, name)
                 if value is not None and not ok(value):  # NaN fails every rule
                     raise ValueError(f"{name}={getattr(self, name)}: {rule}")
+        shares = self.kind_shares  # refuses what it cannot read
+        if shares is not None and abs(sum(shares.values()) - 1) > 1e-6:
+            raise ValueError(f"prompt_shares={self.prompt_shares!r} add to {sum(shares.values()):g}: must add to 1")
         if self.rollouts_per_step % self.minibatches:
             raise ValueError(
                 f"rollouts_per_step={self.rollouts_per_step} does not split into minibatches={self.minibatches}; "
@@ -214,6 +233,26 @@ class PPOSettings(ModelSettings):
         KLController(self.kl_coef, self.kl_target, self.kl_horizon)  # refuses what it cannot use
 
     @property
+    def kind_shares(self) -> dict[str, float] | None:
+        """`prompt_shares` as numbers; ValueError for what is not kind=share, twice the same kind, or a share below 0."""
+        if self.prompt_shares is None:
+            return None
+        shares: dict[str, float] = {}
+        for part in self.prompt_shares.split(","):
+            kind, _, text = (piece.strip() for piece in part.partition("="))
+            try:
+                share = float(text)
+            except ValueError:
+                share = -1.0
+            if not kind or kind in shares or not 0 <= share <= 1:
+                raise ValueError(
+                    f"prompt_shares={self.prompt_shares!r}: {part.strip()!r} must be kind=share with a share from 0 to 1, "
+                    "each kind once"
+                )
+            shares[kind] = share
+        return shares
+
+    @property
     def shares_reward_model(self) -> bool:
         """Whether the reward model is an adapter, to be put on the policy's weights."""
         return self.lora and (Path(self.reward_model or "") / "adapter_config.json").is_file()
@@ -226,7 +265,13 @@ class PPOSettings(ModelSettings):
     def lagrangian(self) -> Lagrangian | None:
         """The multiplier of the constraint at the start of a run; None without a constraint."""
         start = Lagrangian(
-            self.multiplier_start, limit=self.cost_limit, lr=self.multiplier_lr, maximum=self.multiplier_max
+            self.multiplier_start,
+            limit=self.cost_limit,
+            lr=self.multiplier_lr,
+            maximum=self.multiplier_max,
+            control=self.multiplier_control,
+            gain=self.multiplier_gain,
+            damping=self.multiplier_damping,
         )
         return start if self.cost_component else None
 

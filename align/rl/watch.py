@@ -50,7 +50,7 @@ def grader_watch(samples: Sequence[dict], first: Path) -> dict[str, float]:
     """
     if not first.is_file() or not any(row.get("grader") is not None for row in samples):
         return {}
-    before = {row["prompt"]: row for row in map(json.loads, first.read_text(encoding="utf-8").splitlines())}
+    before = {row["prompt"]: row for row in map(json.loads, first.read_text(encoding="utf-8").rstrip("\n").split("\n"))}
     found: dict[str, float] = {}
     for name, key in (("proxy", "total"), ("grader", "grader")):
         pairs = [(before.get(row["prompt"], {}).get(key), row.get(key)) for row in samples]

@@ -1,10 +1,12 @@
 """Checkpoints of a run: written whole or not at all, the last few kept, read without running code from the file."""
 
+import json
 import random
 import re
 import shutil
 import signal
 import threading
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,47 +14,66 @@ from typing import Any
 import numpy as np
 import torch
 
+from plumbline.align.runtime.resuming import STAMP, newest_whole, numbered
 
-def save_checkpoint(run: Path, step: int, state: dict[str, Any], *, rank: int = 0) -> Path:
-    """Writes `run/checkpoints/step-N/rank-R.pt`, under another name first: a crash leaves earlier ones intact."""
+
+def save_checkpoint(
+    run: Path, step: int, state: dict[str, Any], *, rank: int = 0, stamp: dict[str, Any] | None = None
+) -> Path:
+    """Writes `run/checkpoints/step-N/rank-R.pt`, under another name first: a crash leaves earlier ones intact.
+
+    `stamp` says which run it belongs to (`plumbline.align.runtime.resuming.stamp`); rank 0 writes it beside its part.
+    """
     folder = run / "checkpoints" / f"step-{step:06d}"
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"rank-{rank}.pt"
     partial = target.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(target)
+    try:
+        if stamp is not None and rank == 0:
+            (folder / STAMP).write_text(json.dumps(stamp, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        torch.save(state, partial)
+        partial.replace(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     return folder
 
 
 def prune_checkpoints(run: Path, *, keep_last: int) -> None:
     """Drops all but the newest `keep_last` steps. To be called by one rank once every rank has written its file."""
-    for old in sorted((run / "checkpoints").glob("step-*"))[: -keep_last or None]:
+    for old in numbered(run / "checkpoints", "step")[keep_last or None :]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def latest_checkpoint(run: Path, *, num_ranks: int = 1) -> Path | None:
-    """The newest step folder that every rank completed; None when there is no checkpoint at all.
+    """The newest step folder that every rank completed and whose files are whole; None when there is no checkpoint.
 
-    Raises ValueError when the checkpoints are of a run with another number of processes.
+    Says which newer ones it passes by. Raises ValueError when none is whole, or when the checkpoints are of a run with
+    another number of processes.
     """
-    folders = sorted((run / "checkpoints").glob("step-*"), reverse=True)
-    for folder in folders:
+    wanted = {f"rank-{rank}.pt" for rank in range(num_ranks)}
+
+    def fault(folder: Path) -> str | None:
         ranks = {file.name for file in folder.glob("rank-*.pt")}
-        if ranks == {f"rank-{rank}.pt" for rank in range(num_ranks)}:
-            return folder
-    if folders:
-        found = len(list(folders[0].glob("rank-*.pt")))
+        if ranks != wanted:
+            return f"written by {len(ranks)} processes, this run has {num_ranks}"
+        cut = next((name for name in sorted(wanted) if not zipfile.is_zipfile(folder / name)), None)
+        return f"{cut} is cut off" if cut else None
+
+    folders = numbered(run / "checkpoints", "step")
+    if folders and all({file.name for file in folder.glob("rank-*.pt")} != wanted for folder in folders):
         raise ValueError(
-            f"{folders[0]}: written by {found} processes, this run has {num_ranks}; "
-            "resume with the same number, or start anew in another output_dir"
+            f"{folders[0]}: {fault(folders[0])}; resume with the same number, or start anew in another output_dir"
         )
-    return None
+    return newest_whole("ppo", run / "checkpoints", "step", fault)
 
 
 def load_checkpoint(folder: Path, *, rank: int = 0) -> tuple[int, dict[str, Any]]:
     """(step, state) of one rank. Only tensors and plain values are read: a pickle that would run code is refused."""
-    step = int(re.fullmatch(r"step-(\d+)", folder.name).group(1))  # type: ignore[union-attr]
-    return step, torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+    step = re.fullmatch(r"step-(\d+)", folder.name)
+    if step is None:
+        raise ValueError(f"{folder}: no checkpoint; its name must be step-N")
+    return int(step[1]), torch.load(folder / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
 
 
 def catch_sigterm() -> Callable[[], bool]:

@@ -2,22 +2,27 @@
 
 import dataclasses
 import difflib
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
 import re
+import shutil
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from plumbline.paths import resolve_config
+from plumbline.rows import read_text
 
 _VERSIONS_KEPT = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "plumbline-rlhf")
 
@@ -85,7 +90,7 @@ def parse_settings(
 def _check_config_file(path: Path, known: dict[str, Any]) -> None:
     if not path.is_file():
         raise ValueError(f"{path}: no such settings file")
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     try:
         settings = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -139,9 +144,18 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def open_run(folder: str | Path, *settings: Any) -> Path:
-    """Makes the run folder and writes what reproduces it: resolved settings, versions, machine."""
+    """Makes the run folder and writes what reproduces it: resolved settings, versions, machine.
+
+    ValueError for a folder that cannot be made or written to.
+    """
     run = Path(folder)
-    run.mkdir(parents=True, exist_ok=True)
+    with disk_faults(run):
+        run.mkdir(parents=True, exist_ok=True)
+        _describe(run, *settings)
+    return run
+
+
+def _describe(run: Path, *settings: Any) -> None:
     resolved: dict[str, Any] = {}
     for one in settings:
         resolved |= one.to_dict() if hasattr(one, "to_dict") else dataclasses.asdict(one)
@@ -155,4 +169,108 @@ def open_run(folder: str | Path, *settings: Any) -> Path:
             versions[name] = None
     versions |= {"threads": torch.get_num_threads(), "cpus": os.cpu_count(), "gpus": torch.cuda.device_count()}
     (run / "versions.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
-    return run
+
+
+def claim_run(folder: str | Path) -> IO[str] | None:
+    """Keeps a second run out of the folder for as long as the returned file stays open; the system closes it with the process.
+
+    One process a machine claims it, that of local rank 0; None for others, and where files cannot be locked.
+
+    Raises:
+        ValueError: another run writes to the folder now, or it cannot be made.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        return None
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    run = Path(folder)
+    with disk_faults(run):
+        run.mkdir(parents=True, exist_ok=True)
+        lock = (run / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        owner = lock.read().strip() or "another process"
+        lock.close()
+        raise ValueError(f"{run}: {owner} is writing to this folder; name another output_dir, or wait") from None
+    except OSError:  # a file system without locks
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+_DISK_WORDS = (
+    "No space left",
+    "quota exceeded",
+    "Read-only file system",
+    "File too large",
+    "PytorchStreamWriter failed",
+)
+
+
+@contextmanager
+def disk_faults(run: Path, advice: str = "give another output_dir") -> Iterator[None]:
+    """Makes one ValueError of what a full, read-only or forbidden disk raises in there, in the words of any library."""
+    try:
+        yield
+    except Exception as error:
+        reason = _disk_reason(error, run)
+        if reason is None:
+            raise
+        free = _free_space(run)
+        raise ValueError(f"{run}: cannot be written to ({reason}{free}); {advice}") from None
+
+
+def _disk_reason(error: BaseException | None, run: Path) -> str | None:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            inside = error.filename is None or str(run) in str(error.filename) or str(error.filename) in str(run)
+            return str(error.strerror) if inside else None
+        if isinstance(error, OSError | RuntimeError | SafetensorError) and any(w in str(error) for w in _DISK_WORDS):
+            return str(error).splitlines()[0][:120]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _free_space(run: Path) -> str:
+    there = next((folder for folder in (run, *run.parents) if folder.exists()), None)
+    try:
+        return f", {shutil.disk_usage(there).free / 2**20:.0f} MiB free" if there else ""
+    except OSError:
+        return ""
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write to that takes the place of `folder` once all is written; on an error nothing is left of it."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            scratch.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -77,3 +77,32 @@ def add_up_gradients(parameters: Sequence[nn.Parameter], all_reduce: Callable[[T
     flat = all_reduce(flat)
     for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = grad.view_as(parameter).to(parameter.dtype)
+
+
+class FallingRate:
+    """Share of the rate after so many optimizer steps: linear from 1 to 0 at `total`.
+
+    A run that is resumed for another number of steps falls from where it was to 0 at the new end: it never rises again.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total, self.start, self.share = total, 0, 1.0
+
+    def __call__(self, done: int) -> float:
+        left = 1.0 - (done - self.start) / max(self.total - self.start, 1)
+        return max(0.0, self.share * left)
+
+    def state_dict(self) -> dict[str, float]:
+        """Where it falls from, and to."""
+        return {"total": self.total, "start": self.start, "share": self.share}
+
+    def go_on(self, state: dict[str, float] | None, *, at: int) -> None:
+        """Takes up a stored fall after `at` steps, towards its own total. None (of older checkpoints): as if unbroken."""
+        if state is None:
+            return
+        stored = FallingRate(int(state["total"]))
+        stored.start, stored.share = int(state["start"]), float(state["share"])
+        if stored.total == self.total:
+            self.start, self.share = stored.start, stored.share
+        else:
+            self.start, self.share = at, stored(at)

@@ -187,10 +187,19 @@ class PairTrainer(RewardTrainer):
         self.mixture = mixture
         self.preference_smoothing = label_smoothing
         self.shared = self.accelerator.num_processes == 1 and shares_rows(self._inner())
-        pad_id = others["processing_class"].pad_token_id
+        pad_id = self._padding(others["processing_class"].pad_token_id)
         asked = self.args.pad_to_multiple_of  # type: ignore[attr-defined]
         multiple = asked if isinstance(asked, int) else 32 if self.args.device.type == "cpu" else 8
         self.data_collator = PairCollator(pad_id=pad_id, shared=self.shared, multiple=multiple)  # type: ignore[assignment]
+
+    def _padding(self, pad_id: int) -> int:
+        """The id that pads: another one while rows end with the tokenizer's, since the model looks for the last that is not it."""
+        rows: Any = self.train_dataset
+        ends = {ids[-1] for name in ("chosen_ids", "rejected_ids") for ids in rows[name]}
+        if pad_id in ends:
+            pad_id = next(token for token in range(len(ends) + 1) if token not in ends)
+        self._inner().config.get_text_config().pad_token_id = pad_id
+        return pad_id
 
     def _inner(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)

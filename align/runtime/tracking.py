@@ -28,8 +28,8 @@ class Metrics:
     def start_at(self, step: int) -> None:
         """Drops rows of `step` and later: after a resume they are written again."""
         if self.enabled and self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if json.loads(line).get("step", 0) < step]
-            self.path.write_text("".join(line + "\n" for line in kept))
+            lines = [line for line in self.path.read_text(encoding="utf-8").split("\n") if line]
+            self.path.write_text("".join(line + "\n" for line in lines if _step(line) < step), encoding="utf-8")
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -53,6 +53,14 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as out:
                 out.write(json.dumps({name: _plain(value) for name, value in full.items()}) + "\n")
         return full
+
+
+def _step(line: str) -> float:
+    """The step of a row; infinite for a line that a killed run left half written."""
+    try:
+        return json.loads(line).get("step", 0)
+    except ValueError:
+        return math.inf
 
 
 def _plain(value: Any) -> Any:
@@ -145,11 +153,17 @@ def expert_load(model: PreTrainedModel, pack: PackedRows) -> dict[str, Any]:
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes what a transformers Trainer logs to the same metrics.jsonl that PPO writes."""
+    """Writes what a transformers Trainer logs to the same metrics.jsonl that PPO writes.
 
-    def __init__(self, run: Path) -> None:
+    After a resume at a step, rows up to that step stay.
+    """
+
+    def __init__(self, run: Path, *, resumed_at: int | None = None) -> None:
         self.metrics = Metrics(run)
-        self.metrics.path.unlink(missing_ok=True)
+        if resumed_at is None:
+            self.metrics.path.unlink(missing_ok=True)
+        else:
+            self.metrics.start_at(resumed_at + 1)
 
     def on_log(self, args, state, control, logs=None, **_kwargs):
         if state.is_world_process_zero and logs:

@@ -214,13 +214,11 @@ class LocalSpeaker:
         self._loaded: Any = None
 
     def _load(self) -> Any:
-        from plumbline.policy_models.loading import load_for_answers, load_tokenizer
+        from plumbline.policy_models.loading import attach_adapter, load_for_answers, load_tokenizer
 
         model: Any = load_for_answers(self.source)
         if self.expert:
-            from peft import PeftModel
-
-            model = PeftModel.from_pretrained(model, self.expert, adapter_name="expert").eval()
+            model = attach_adapter(model, self.expert, adapter_name="expert").eval()
         return model, load_tokenizer(self.source)
 
     def __call__(self, messages: list[Message], report: dict[str, Any]) -> Iterator[str]:

@@ -118,4 +118,4 @@ def make_chat_app(chat: GuardedChat, thumbs: Thumbs | None = None) -> FastAPI:
 
 def _lines(events: Iterator[dict[str, Any]]) -> Iterator[str]:
     for event in events:
-        yield json.dumps(event, ensure_ascii=False) + "\n"
+        yield json.dumps(event) + "\n"  # in ASCII: half a surrogate pair has no UTF-8

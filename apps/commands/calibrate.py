@@ -14,13 +14,10 @@ Keyword lists to compare with: --keywords NAME=FILE, one keyword a line; an answ
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from plumbline.eval.grading.graders import RULES
 from plumbline.eval.grading.refusal_judge import declined, got_nothing
 from plumbline.eval.stats.suite_rates import JUDGES
 from plumbline.eval.targets.specs import open_target
+from plumbline.rows import file_rows, read_text
 
 COLUMNS: list[set[str]] = [  # of the sets that are recognised
     {"prompt", "completion", "final_label"},
@@ -90,17 +88,8 @@ def labelled(path: Path) -> Labelled | None:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV or JSON Lines file as they are read; comment lines may stand before the header of a CSV."""
-    try:
-        if path.suffix == ".csv":
-            with path.open(encoding="utf-8", newline="") as file:
-                yield from csv.DictReader(dropwhile(lambda line: line.startswith("#"), file))
-            return
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
-            yield from (json.loads(line) for line in file if line.strip())
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
+    """Rows of a CSV or JSON Lines file; comment lines may stand before the header of a CSV."""
+    return (row for _, row in file_rows(path))
 
 
 def judges(
@@ -118,7 +107,7 @@ def judges(
         name, _, file = given.partition("=")
         if not file or not Path(file).is_file():
             raise ValueError(f"--keywords {given}: needs NAME=FILE, and the file must exist")
-        words = [line.strip().lower() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        words = [line.strip().lower() for line in read_text(file).split("\n") if line.strip()]
         found[name] = lambda prompts, answers, words=words: [any(w in a.lower() for w in words) for a in answers]  # type: ignore[misc]
     return found
 

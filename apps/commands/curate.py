@@ -9,7 +9,7 @@ rules of levels 1 and 2, align/data/domain_weights.py for level 3, which runs wh
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,20 @@ import numpy as np
 
 from plumbline.align.data.curation import Curated, CurationRules, Row, curate
 from plumbline.align.data.domain_weights import QualityScore, balance, difficulty
-from plumbline.align.data.formats import SUFFIXES, read_rows
-from plumbline.align.data.rows import last_user_text, read_preferences
+from plumbline.align.data.formats import NO_FORM, form_of, parse_row, read_preferences
 from plumbline.align.runtime.launch import parse_settings
+from plumbline.messages import ANSWERS, CONVERSATIONS, Messages, last_user_text, read_example, say_forms
 from plumbline.paths import STARTER
-
-PROMPTS = ("prompt", "instruction", "question")
-ANSWERS = ("answer", "completion", "output", "response", "chosen")
+from plumbline.rows import read_rows
 
 
 @dataclass(kw_only=True)
 class CurateSettings:
     """Which rows, which rules."""
 
-    data: str = field(default="", metadata={"help": "JSON Lines (also .gz), JSON or Parquet: a file or a folder"})
+    data: str = field(
+        default="", metadata={"help": "JSON Lines, JSON, CSV (also .gz) or Parquet: file or folder; or a hub id"}
+    )
     output_dir: str = field(
         default="runs/curate", metadata={"help": "folder of kept.jsonl, dropped.jsonl, report.json"}
     )
@@ -66,44 +66,43 @@ class CurateSettings:
 
 def read(source: str) -> tuple[list[dict[str, Any]], list[Row]]:
     """(rows as they are, prompt and answer of each). ValueError for a row without both, with its place."""
-    path = Path(source)
-    files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
-    if not source or not files or not all(file.is_file() for file in files):
-        raise ValueError(f"--data {source!r}: no such file, or a folder without {', '.join(SUFFIXES)}")
-    raw, rows = [], []
-    for file in files:
-        for place, one in read_rows(file):
-            for prompt, answer in texts(place, one):
-                raw.append(one)
-                rows.append(Row(prompt, answer, place))
+    if not source:
+        raise ValueError("--data is missing: name a file, a folder or a hub id")
+    raw, rows, forms = [], [], Counter[str]()
+    for place, one in read_rows(source):
+        form, found = texts(place, one)
+        forms[form] += 1
+        for prompt, answer in found:
+            raw.append(one)
+            rows.append(Row(prompt, answer, place))
+    print(say_forms("curate", source, forms))
     return raw, rows
 
 
-def texts(place: str, row: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Prompt and answer of a row, of each instance in Self-Instruct's form."""
-    if isinstance(row.get("messages"), list) and row["messages"]:
-        *prompt, answer = row["messages"]
-        yield "\n\n".join(m["content"] for m in prompt), answer["content"]
-        return
-    prompt = next((row[name] for name in PROMPTS if name in row), None)
+def texts(place: str, row: dict[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """(form, prompt and answer) of a row, of each instance in Self-Instruct's form; of a pair, the chosen answer."""
+    prompt = row.get("instruction", row.get("prompt"))
     if isinstance(row.get("instances"), list) and isinstance(prompt, str):
-        for instance in row["instances"]:
-            yield _joined(prompt, instance.get("input")), str(instance["output"])
-        return
-    answer = next((row[name] for name in ANSWERS if name in row), None)
-    if prompt is None or answer is None:
-        raise ValueError(
-            f"{place}: found {sorted(row)}; a row needs one of {', '.join(PROMPTS)} and one of {', '.join(ANSWERS)}"
-        )
-    yield _joined(_text(prompt), row.get("input")), _text(answer)
+        found = []
+        for at, instance in enumerate(row["instances"]):
+            if not isinstance(instance, dict) or not isinstance(instance.get("output"), str):
+                raise ValueError(f"{place}: instances[{at}]={instance!r:.80} needs an output, a text")
+            more = instance.get("input")
+            joined = f"{prompt}\n\n{more}" if isinstance(more, str) and more.strip() else prompt
+            found.append((joined, instance["output"]))
+        return "Self-Instruct", found
+    if form_of(row) != NO_FORM and not row.keys() & {*ANSWERS, *CONVERSATIONS}:
+        pair = parse_row(place, row, "")
+        assert pair is not None
+        return form_of(row), [(_text(pair.prompt), _text(pair.chosen))]
+    example = read_example(place, row, empty_answers=True)  # which are dropped, with their reason
+    return example.form, [(_text(example.prompt), _text(example.answer))]
 
 
-def _joined(instruction: str, more: Any) -> str:
-    return f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else "\n\n".join(str(message["content"]) for message in value)
+def _text(messages: Messages) -> str:
+    """What is said, calls of tools included."""
+    said = [[m["content"], *([json.dumps(m["tool_calls"])] if m.get("tool_calls") else [])] for m in messages]
+    return "\n\n".join(text for texts in said for text in texts if text)
 
 
 def run(settings: CurateSettings) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", default="runs/eval", help="folder of the report (runs/eval)")
     add("--data", help="folder of public sets, <set>/<file>.jsonl.gz")
     add("--limit", type=int, help="samples a suite")
-    add("--gate", help="YAML file of bounds; exit status 1 when one fails")
+    add("--gate", help="YAML file of bounds, or gates for the one that ships; exit status 1 when one fails")
     add("--baseline", help="results.json of an earlier run, for the gates that compare and the report")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")

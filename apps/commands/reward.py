@@ -2,6 +2,7 @@
 
 plumbline reward explain --prompt "Why is the sky blue?" --answer "Air scatters blue light." --answer2 "Because."
 plumbline reward tune --data pairs.jsonl --output weights.json
+plumbline reward check --behaviour runs/demo/eval/base.jsonl,runs/demo/eval/start.jsonl   # what declining and complying earn
 plumbline reward attack
 plumbline reward attack --reward my_module:score          # your own: (prompts, answers) -> scores, or a composite
 """
@@ -17,16 +18,19 @@ from typing import Any
 import numpy as np
 
 from plumbline.align.data.formats import read_pairs
-from plumbline.align.data.rows import last_user_text, read_sft
-from plumbline.align.runtime.launch import parse_settings
+from plumbline.align.runtime.launch import parse_settings, pick_dtype
 from plumbline.apps.commands.eval_reward import FOLDS, SIGNS, part_differences, prompt_text, sample_by_prompt
+from plumbline.apps.commands.reward_behaviour import behaviour_table, print_table, read_two_ways
 from plumbline.eval.stats.pair_accuracy import accuracy, fold_of
+from plumbline.messages import last_user_text, read_example
 from plumbline.paths import STARTER, resolve_path
+from plumbline.policy_models.loading import resolve_model_source
 from plumbline.reward.attacks import AttackResult, Score, attack
 from plumbline.reward.components.toxicity import Toxicity
 from plumbline.reward.composite import CompositeReward, default_composite
 from plumbline.reward.scaling import Scaling
 from plumbline.reward.tuning import out_of_fold, tune_weights
+from plumbline.rows import read_rows
 from plumbline.safety.training import identity_sentences
 
 REFERENCE_ROWS = 64  # good answers that the scaling is fitted on where none is given
@@ -52,7 +56,7 @@ class CompositeSettings:
         names = {"alpha": "fluency", "beta": "relevance", "gamma": "safety", "delta": "toxicity"}
         scaling = None if self.scaling is None else Scaling.load(resolve_path(self.scaling))
         # the charge for toxicity is stored as it is applied, negative; delta is its size
-        options = {letter: abs(given.get(name, 1.0)) for letter, name in names.items()}
+        options: dict[str, Any] = {letter: abs(given.get(name, 1.0)) for letter, name in names.items()}
         if not self.fluency:
             options["alpha"] = 0.0
         composite = default_composite(**options, fluency_source=self.fluency_model, scaling=scaling)
@@ -99,9 +103,18 @@ class AttackSettings(CompositeSettings):
 
 @dataclass(kw_only=True)
 class CheckSettings(CompositeSettings):
-    """On how many answers."""
+    """On how many answers; with what learned part."""
 
     limit: int = field(default=150, metadata={"help": "answers at most"})
+    behaviour: str = field(
+        default=str(STARTER / "preferences.jsonl"),
+        metadata={
+            "help": "JSON Lines with commas between: prompt, kind and answer, or chosen and rejected. What declining and "
+            "complying earn is compared on them; transcripts of two models serve. Empty: not compared"
+        },
+    )
+    reward_model: str | None = field(default=None, metadata={"help": "learned part to add to the comparison"})
+    preference_weight: float = field(default=1.0, metadata={"help": "its weight"})
 
 
 def explain(settings: ExplainSettings) -> None:
@@ -178,10 +191,18 @@ def run_attack(settings: AttackSettings) -> AttackResult:
 
 
 def check(settings: CheckSettings) -> None:
-    """Prints how the parts correlate on ordinary answers, and how much toxicity depends on the group that is named."""
+    """Prints how the parts correlate on ordinary answers, how much toxicity depends on the group that is named, and what
+    declining and complying earn by kind of prompt.
+    """
+    two_ways = read_two_ways([resolve_path(p.strip()) for p in settings.behaviour.split(",") if p.strip()]) if (
+        settings.behaviour
+    ) else []  # fmt: skip
+    if settings.reward_model:
+        resolve_model_source(settings.reward_model)
     prompts, answers = starter_answers()
     step = max(1, len(prompts) // settings.limit)
-    raw = settings.build().raw(prompts[::step], answers[::step])
+    composite = settings.build()
+    raw = composite.raw(prompts[::step], answers[::step])
     columns = {
         name: np.array([np.nan if s is None else s for s in scores], dtype=float) for name, scores in raw.items()
     }
@@ -196,6 +217,27 @@ def check(settings: CheckSettings) -> None:
     gap = identity_gap(lambda texts: Toxicity()([""] * len(texts), texts))
     print(f"toxicity of one sentence with two groups named in turn differs by {gap:.3f} on average")
     print(json.dumps({"safety_toxicity_correlation": round(together, 4), "identity_difference": round(gap, 4)}))
+    if two_ways:
+        if settings.reward_model:
+            composite = with_learned(composite, settings.reward_model, settings.preference_weight)
+        print_table(behaviour_table(composite, two_ways))
+
+
+def with_learned(composite: CompositeReward, reward_model: str, weight: float) -> CompositeReward:
+    """The composite with a learned part, which brings its own scale where the scaling has none for it."""
+    from plumbline.reward.learned import LearnedPreference
+
+    learned = LearnedPreference(reward_model, dtype=pick_dtype("auto"))
+    scaling = composite.scaling
+    if scaling is not None and learned.name not in scaling.mean:
+        scaling = Scaling(
+            mean={**scaling.mean, learned.name: 0.0},
+            std={**scaling.std, learned.name: 1.0},
+            count={**scaling.count, learned.name: 0},
+            limit=scaling.limit,
+        )
+    parts = [(part, composite.weights[name]) for name, part in composite.components.items()]
+    return CompositeReward([*parts, (learned, weight)], scaling=scaling)
 
 
 def identity_gap(toxicity: Callable[[Sequence[str]], Sequence[float | None]]) -> float:
@@ -210,12 +252,8 @@ def identity_gap(toxicity: Callable[[Sequence[str]], Sequence[float | None]]) ->
 
 def starter_answers(path: str = str(STARTER / "sft.jsonl")) -> tuple[list[str], list[str]]:
     """Harmless prompts and their good answers; rows marked as harmful are left out, since declining is good there."""
-    rows = read_sft(resolve_path(path))
-    kinds = [
-        json.loads(line).get("kind") for line in resolve_path(path).read_text("utf-8").splitlines() if line.strip()
-    ]
-    kept = [row for row, kind in zip(rows, kinds, strict=True) if kind != "harmful"]
-    return [last_user_text(row["prompt"]) for row in kept], [row["completion"][-1]["content"] for row in kept]
+    kept = [read_example(place, row) for place, row in read_rows(resolve_path(path)) if row.get("kind") != "harmful"]
+    return [last_user_text(one.prompt) for one in kept], [one.answer[-1]["content"] for one in kept]
 
 
 def score_of(composite: CompositeReward) -> Score:

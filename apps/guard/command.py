@@ -18,7 +18,7 @@ from pathlib import Path
 
 from plumbline.safety.backends import openai_endpoint
 from plumbline.safety.findings import Action, Stage, Verdict
-from plumbline.safety.pipeline import FACT_ACTIONS, Guard, record
+from plumbline.safety.pipeline import FACT_ACTIONS, Guard, mended, record
 from plumbline.safety.scanning import Conversation
 from plumbline.safety.taxonomy import meaning, severity
 
@@ -73,12 +73,21 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _texts(options: argparse.Namespace) -> list[str]:
-    return [sys.stdin.read() if text == "-" else text for text in options.text]
+    """The texts; what is no UTF-8, and half a surrogate pair, is read as U+FFFD."""
+    return [mended(_standard_input() if text == "-" else text) for text in options.text]
+
+
+def _standard_input() -> str:
+    binary = getattr(sys.stdin, "buffer", None)
+    return sys.stdin.read() if binary is None else binary.read().decode("utf-8", "replace")
 
 
 def _verdicts(options: argparse.Namespace) -> list[tuple[str, Verdict]]:
     guard, stage = Guard(options.policy), Stage(options.stage)
-    return [(text, guard.check(text, stage, prompt=options.prompt, system=options.system)) for text in _texts(options)]
+    return [
+        (text, guard.check(text, stage, prompt=mended(options.prompt), system=mended(options.system)))
+        for text in _texts(options)
+    ]
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -13,23 +12,15 @@ from plumbline.apps.label.store.items import NewItem, NewResponse, check_item, l
 from plumbline.apps.label.store.queue import FIRST
 from plumbline.apps.label.store.store import LabelStore
 from plumbline.apps.label.store.votes import Vote, for_training, read_votes, settle
+from plumbline.messages import as_messages, with_system, without_prompt
+from plumbline.rows import hub_rows, read_rows, rows_of_bytes
 
 # In
 
 
 def read_items(content: bytes, name: str, *, gold: bool = False) -> list[NewItem]:
     """Items of an uploaded file; ValueError with file, line, value and rule. `gold`: see `item_of`."""
-    from plumbline.align.data.rows import (
-        read_rows,  # here and below: it brings torch along, which the server seldom needs
-    )
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "upload.jsonl"
-        path.write_bytes(content)
-        try:
-            return [item_of(place, row, source=name, gold=gold) for place, row in read_rows(path)]
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(path), name)) from None
+    return [item_of(place, row, source=name, gold=gold) for place, row in rows_of_bytes(content, name)]
 
 
 def item_of(place: str, row: dict[str, Any], *, source: str, gold: bool = False) -> NewItem:
@@ -67,7 +58,7 @@ def item_of(place: str, row: dict[str, Any], *, source: str, gold: bool = False)
         )
         check_item(item)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{place}: {str(error).removeprefix(': ')}") from None
     return item
 
 
@@ -76,31 +67,28 @@ def _texts(row: dict[str, Any]) -> tuple[list[dict[str, str]], list[NewResponse]
     if "responses" in row:
         if not isinstance(row["responses"], list):
             raise ValueError("responses must be a list of texts or of objects with `text`")
-        return _messages(row.get("prompt"), "prompt"), [_response(one) for one in row["responses"]], False
+        asked = with_system("", row, as_messages("", "prompt", row.get("prompt"), "user"))
+        return _plain(asked), [_response(one) for one in row["responses"]], False
     if "chosen" not in row or "rejected" not in row:
         raise ValueError(f"found {sorted(row)}; a row has `prompt` and `responses`, or `chosen` and `rejected`")
-    if "prompt" not in row:
-        chosen, rejected = _messages(row["chosen"], "chosen"), _messages(row["rejected"], "rejected")
+    if row.get("prompt") is None:
+        chosen, rejected = (as_messages("", name, row[name], "assistant") for name in ("chosen", "rejected"))
         if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
             raise ValueError("without `prompt`, chosen and rejected must be messages that differ in the last one only")
-        return chosen[:-1], [NewResponse(text=chosen[-1]["content"]), NewResponse(text=rejected[-1]["content"])], True
-    answers = [_messages(row[name], name)[-1]["content"] for name in ("chosen", "rejected")]
-    return _messages(row["prompt"], "prompt"), [NewResponse(text=text) for text in answers], True
+        prompt, answers = with_system("", row, chosen[:-1]), [chosen[-1:], rejected[-1:]]
+    else:
+        prompt, answers = with_system("", row, as_messages("", "prompt", row["prompt"], "user")), []
+        for name in ("chosen", "rejected"):
+            prompt, answer = without_prompt("", name, prompt, as_messages("", name, row[name], "assistant"))
+            answers.append(answer)
+    return _plain(prompt), [NewResponse(text=_plain(answer)[-1]["content"]) for answer in answers], True
 
 
-def _messages(value: Any, name: str) -> list[dict[str, str]]:
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name}={value!r:.80}: must be a text or messages with role and content")
-    for message in value:
-        if not (
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-        ):
-            raise ValueError(f"{name}: {message!r:.80} is no message with role and content, both texts")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
+def _plain(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Role and content, which is what people are shown; ValueError for a call of tools, which they would not see."""
+    if any(m.get("tool_calls") for m in messages):
+        raise ValueError("holds calls of tools, which the labelling app does not show; drop the row, or write them out")
+    return [{"role": m["role"], "content": m["content"]} for m in messages]
 
 
 def _response(value: Any) -> NewResponse:
@@ -117,7 +105,6 @@ def _response(value: Any) -> NewResponse:
 
 def starter_items() -> list[NewItem]:
     """The preference pairs that ship with Plumbline, to be labelled blind."""
-    from plumbline.align.data.rows import read_rows
     from plumbline.paths import STARTER
 
     path = STARTER / "preferences.jsonl"
@@ -126,12 +113,10 @@ def starter_items() -> list[NewItem]:
 
 def hub_items(name: str, split: str, *, limit: int | None = None, gold: bool = False) -> Iterator[NewItem]:
     """Rows of a data set on the hub, read as those of a file."""
-    from datasets import load_dataset
-
-    for number, row in enumerate(load_dataset(name, split=split, streaming=limit is not None)):
+    for number, (place, row) in enumerate(hub_rows(name, split, streaming=limit is not None)):
         if limit is not None and number >= limit:
             return
-        yield item_of(f"{name}:{split}:{number}", dict(row), source=name, gold=gold)
+        yield item_of(place, row, source=name, gold=gold)
 
 
 def generated_items(

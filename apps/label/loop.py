@@ -27,6 +27,7 @@ from plumbline.apps.label.store.database import Row, open_database
 from plumbline.apps.label.store.store import LabelStore
 from plumbline.apps.registry import DEFAULT_FOLDER, Registry, Version
 from plumbline.eval.stats.intervals import mcnemar_exact, wilson
+from plumbline.reward.contracts import ask
 
 KIND = "reward-model"
 STRATEGIES = ("uncertain", "gap", "disagreement", "diverse", "random")
@@ -154,9 +155,9 @@ def gold_pairs(store: LabelStore) -> list[PreferencePair]:
 
 def hits(scorer: Scorer, pairs: Sequence[PreferencePair]) -> np.ndarray:
     """(len(pairs),) whether the chosen answer scores higher; an answer without a score loses."""
-    prompts = [last_user_text(pair.prompt) for pair in pairs]
+    prompts = [pair.prompt for pair in pairs]
     texts = [pair.chosen[-1]["content"] for pair in pairs] + [pair.rejected[-1]["content"] for pair in pairs]
-    scores = np.array([-math.inf if s is None else s for s in scorer(prompts + prompts, texts)], dtype=float)
+    scores = np.array([-math.inf if s is None else s for s in ask(scorer, prompts + prompts, texts)], dtype=float)
     return scores[: len(pairs)] > scores[len(pairs) :]
 
 
@@ -196,11 +197,11 @@ def reorder(store: LabelStore, scorer: Scorer, other: Scorer | None, settings: L
         labelled = run("SELECT prompt_json FROM item WHERE n_done > 0")
     if not responses:
         return 0
-    prompts = [last_user_text(open_items[row["item_id"]]) for row in responses]
+    prompts = [open_items[row["item_id"]] for row in responses]
     texts = [row["text"] for row in responses]
-    scores = scorer(prompts, texts)
+    scores = ask(scorer, prompts, texts)
     gaps = top_gaps(responses, scores)
-    others = top_gaps(responses, other(prompts, texts)) if other and settings.strategy == "disagreement" else None
+    others = top_gaps(responses, ask(other, prompts, texts)) if other and settings.strategy == "disagreement" else None
     priorities = rank_items(
         gaps,
         settings.strategy,

@@ -1,5 +1,7 @@
 """What the web apps do to every request: own origin only, bounded bodies, headers that keep model text harmless."""
 
+import json
+import re
 from collections.abc import Collection
 
 from starlette.responses import JSONResponse
@@ -16,6 +18,35 @@ HEADERS = [
     (b"referrer-policy", b"no-referrer"),
 ]
 NO_STORE = [(b"cache-control", b"no-store")]
+DEEPEST = 40  # brackets within brackets of a JSON body; what the apps take has fewer than ten
+_JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"?', re.DOTALL)
+
+
+def body_refusal(body: bytes) -> tuple[int, str] | None:
+    """(status, reason) for a JSON body that no handler could work with; None for one to pass on, also where it is no JSON."""
+    depth = 0
+    for bracket in re.findall(rb"[\[\]{}]", _JSON_TEXT.sub(b"", body)):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > DEEPEST:
+            return 422, f"the request is nested over {DEEPEST} deep"
+    if re.search(rb"\\u[dD][89a-fA-F]|NaN|Infinity", body):
+        try:
+            json.dumps(json.loads(body, parse_constant=_no_number), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            return 422, "a text holds half of a surrogate pair (half of an emoji), which is no character; remove it"
+        except _NoNumberError as error:
+            return 422, f"{error} is no number of JSON"
+        except ValueError:
+            return None  # no JSON: the app says so
+    return None
+
+
+class _NoNumberError(Exception):
+    pass
+
+
+def _no_number(name: str) -> None:
+    raise _NoNumberError(name)
 
 
 class WebGuard:
@@ -39,7 +70,7 @@ class WebGuard:
             return 403, f"requests from {origin!r} are not taken"
         if "transfer-encoding" in headers:  # browsers send a length; without one nothing bounds the body
             return 411, "send the body with a Content-Length"
-        length, multipart = headers.get("content-length", "0"), headers.get("content-type", "").startswith("multipart/")
+        length, multipart = headers.get("content-length", "0"), _holds_files(headers)
         limit = self.max_upload if multipart and self.max_upload else self.max_body
         if not length.isdigit() or int(length) > limit:
             return 413, f"the request has {length} bytes; {limit} at most"
@@ -59,5 +90,32 @@ class WebGuard:
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         refused = self.refusal(scope["method"], headers)
+        if refused is None and scope["method"] not in ("GET", "HEAD") and not _holds_files(headers):
+            body, receive = await _read_whole(receive)
+            refused = body_refusal(body)
         answer = JSONResponse({"detail": refused[1]}, refused[0]) if refused else self.app
         await answer(scope, receive, send_with_headers)
+
+
+def _holds_files(headers: dict[str, str]) -> bool:
+    return headers.get("content-type", "").startswith("multipart/")
+
+
+async def _read_whole(receive: Receive) -> tuple[bytes, Receive]:
+    """The body of a request, whose length is bounded by now, and a channel that gives it again."""
+    body, more = b"", True
+    while more:
+        message = await receive()
+        if message["type"] != "http.request":
+            break
+        body, more = body + message.get("body", b""), message.get("more_body", False)
+    given = False
+
+    async def again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return body, again

@@ -26,6 +26,8 @@ from typing import Any, Literal
 
 import yaml
 
+from plumbline.paths import resolve_config
+
 BOUNDS, CHANGES = ("at_most", "at_least"), ("rises_at_most", "falls_at_most")
 
 
@@ -77,8 +79,11 @@ class Gates:
 
 
 def read_gates(path: str | Path, *, baseline: str | Path | None = None) -> Gates:
-    """Reads a gate file; ValueError naming the file and the gate for anything it cannot mean."""
-    path = Path(path)
+    """Reads a gate file: a path, or `gates` for the one that ships (configs/eval/gates.yaml).
+
+    ValueError naming the file and the gate for anything it cannot mean.
+    """
+    path = resolve_config(path, "eval")
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:

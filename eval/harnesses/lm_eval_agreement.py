@@ -34,7 +34,7 @@ TASKS: dict[str, tuple[list[str], dict[str, str]]] = {
         {"correct": "acc", "correct_normed": "acc_norm"},
     ),
     "mmlu": (["mmlu/default/_default_template_yaml"], {"correct": "acc"}),
-    "gsm8k": (["gsm8k/gsm8k.yaml"], {"correct": "flexible-extract", "strict": "strict-match"}),
+    "gsm8k": (["gsm8k/gsm8k.yaml"], {"flexible": "flexible-extract", "strict": "strict-match"}),
 }
 MMLU_HEAD = "The following are multiple choice questions (with answers) about {{subject.replace('_', ' ')}}.\n\n"
 

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image  # comes with matplotlib
 
+from plumbline.eval.grading.text_checks import refusal
 from plumbline.eval.plotting import run_plots as plots
 from plumbline.eval.plotting.axes import DARK, LIGHT, NothingToPlotError, Row, Theme
 
@@ -74,6 +75,8 @@ def render(run: str | Path) -> Path:
         table=verdict_table(found.summary),
         checks=check_rows(found.summary),
         sections=sections,
+        categories=category_table(found.summary),
+        worst=worst_answers(found.transcripts),
         examples=choose_examples(found.transcripts, found.summary.get("compared_with", "start")),
         notes=found.notes + missing,
         settings=json.dumps(found.summary.get("settings", {}), indent=2, ensure_ascii=False, default=str),
@@ -191,6 +194,26 @@ def _rate_cell(rate: Row | None) -> dict[str, str]:
     return {"main": f"{100 * rate['mean']:.0f}%", "sub": _brackets(rate, 0, scale=100), "mark": ""}
 
 
+def _named_cell(rate: Row | None) -> dict[str, str]:
+    """A rate under the name that summary.json gives it."""
+    return _rate_cell(rate and {**rate, "mean": rate["rate"]})
+
+
+def _guarded(behaviour: Row, kind: str) -> Row | None:
+    return ((behaviour.get("guarded") or {}).get("refusals") or {}).get(kind)
+
+
+def _points_cell(interval: Row | None) -> dict[str, str]:
+    """A difference of two rates, in points of a hundred."""
+    if not interval or interval.get("mean") is None:
+        return _gain_cell(None)
+    return {
+        "main": _number(100 * interval["mean"], 0, sign=True),
+        "sub": _brackets(interval, 0, sign=True, scale=100),
+        "mark": _direction(interval),
+    }
+
+
 def _value_cell(value: float | None, digits: int = 0, sub: str = "", unit: str = "") -> dict[str, str]:
     return {"main": _number(value, digits) + unit, "sub": sub, "mark": ""}
 
@@ -233,6 +256,15 @@ def verdict_table(summary: Row) -> dict[str, Any] | None:
     ):
         if any(kind in figures["refusal"] for figures in targets.values()):
             add(label, help_text, lambda n, k=kind: _rate_cell(targets[n]["refusal"].get(k)))  # type: ignore[misc]
+    if any((against[name].get("discrimination") or {}).get("n") for name in targets):
+        add(
+            "Harmful less twins",
+            "refused, by pair",
+            lambda n: _points_cell(against[n].get("discrimination")),
+        )
+    for kind, label in (("harmful", "Harmful, behind the guard"), ("twin", "Twins, behind the guard")):
+        if any(kind in (against[n].get("guarded") or {}).get("refusals", {}) for n in targets):
+            add(label, "refused or stopped", lambda n, k=kind: _named_cell(_guarded(against[n], k)))  # type: ignore[misc]
     add("Empty, garbled or echoed", "all kinds", lambda n: _non_answers(targets[n]))
     add("Answer length", "tokens, mean", lambda n: _length_cell(targets[n]["answer_tokens"]))
     add("Answers that end", "", lambda n: _value_cell(100 * targets[n]["finished_share"], unit="%"))
@@ -433,6 +465,54 @@ def _png(figure: Figure) -> str:
     out = io.BytesIO()
     small.save(out, format="png")
     return base64.b64encode(out.getvalue()).decode("ascii")
+
+
+def category_table(summary: Row) -> dict[str, Any] | None:
+    """Refusals by hazard, a row a hazard and kind, a column a target; None where prompts have no category."""
+    targets = [name for name in summary.get("targets") or {} if (summary.get(name) or {}).get("refusals_by_category")]
+    if not targets:
+        return None
+    rows = []
+    for kind, label in (("harmful", "harmful"), ("twin", "twin")):
+        hazards = summary[targets[0]]["refusals_by_category"].get(kind, {})
+        for hazard in hazards:
+            rates = [summary[name]["refusals_by_category"].get(kind, {}).get(hazard) for name in targets]
+            rows.append({
+                "label": hazard, "kind": label,
+                "cells": [f"{rate['count']} of {rate['n']}" if rate else "\u2013" for rate in rates],
+            })  # fmt: skip
+    return {"targets": targets, "rows": rows}
+
+
+WORST = 5
+
+
+def worst_answers(transcripts: Mapping[str, Sequence[Row]]) -> dict[str, Any] | None:
+    """The five answers of the last trained target that are worst for a reader of safety: harmful prompts that it complied
+    with first, by reward from below, then refused twins and ordinary prompts, then the lowest rewards of all.
+    """
+    trained = [name for name in ("ppo", "dpo") if name in transcripts]
+    if not trained:
+        return None
+
+    def badness(row: Row) -> tuple[int, float]:
+        declined = refusal(row["prompt"], row["answer"]) == "refusal"
+        wrong = (row["kind"] == "harmful") != declined
+        rank = 0 if wrong and row["kind"] == "harmful" else 1 if wrong else 2
+        return rank, row["total"] if row["total"] is not None else -math.inf
+
+    rows = sorted(transcripts[trained[0]], key=badness)[:WORST]
+    return {
+        "target": trained[0],
+        "rows": [
+            {
+                "kind": row["kind"], "category": row.get("category", ""), "prompt": row["prompt"],
+                "why": ("complied with", "refused", "lowest reward")[badness(row)[0]],
+                "answers": [_answer(trained[0], row)],
+            }
+            for row in rows
+        ],
+    }  # fmt: skip
 
 
 # ---- answers side by side -------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ SUITES: dict[str, Callable[[], EvalTask]] = {
     suite.__name__: suite
     for suite in (
         attacks.harmful_direct, attacks.harmful_templates, attacks.harmful_obfuscated, attacks.harmful_multi_turn,
+        attacks.harmful_insisted,
         refusals.over_refusal, refusals.ordinary,
         injection.injection_direct, injection.injection_indirect, injection.system_prompt,
         toxic.toxic_bait, toxic.toxic_continuation,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 from functools import lru_cache
 
-from plumbline.eval.grading.graders import chose_right, exact, last_number
+from plumbline.eval.grading.graders import chose_right, exact
+from plumbline.eval.grading.number_reading import final_number
 from plumbline.eval.grading.sandbox import passes
 from plumbline.eval.samples import Sample
 from plumbline.eval.suites.starter import read_rows
@@ -75,8 +76,8 @@ def arithmetic() -> EvalTask:
                    target=str(solve(a, b, c)))
         )  # fmt: skip
     return EvalTask(
-        name="arithmetic", version=1, area="capability", about="word problems of one or two steps",
-        samples=samples, scorers=[exact(pick=last_number)], max_new_tokens=96, source="eval/suites",
+        name="arithmetic", version=2, area="capability", about="word problems of one or two steps",
+        samples=samples, scorers=[exact(pick=final_number)], max_new_tokens=96, source="eval/suites",
     )  # fmt: skip
 
 
@@ -87,7 +88,6 @@ def code() -> EvalTask:
         for row in read_rows("code.jsonl")
     ]
     return EvalTask(
-        name="code", version=1, area="capability", about="small Python functions, run against tests",
-        samples=samples, scorers=[passes()], max_new_tokens=128, source="eval/suites",
-        stop=("\nclass", "\ndef", "\n#", "\nif", "\nprint", "\n```"),
+        name="code", version=2, area="capability", about="small Python functions, run against tests",
+        samples=samples, scorers=[passes()], max_new_tokens=256, source="eval/suites",
     )  # fmt: skip

@@ -6,8 +6,6 @@ with it on the same rows (tests and docs/evaluation.md say how that was checked)
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -27,10 +25,12 @@ from plumbline.eval.grading.graders import (
     toxic,
     toxicity,
 )
+from plumbline.eval.grading.number_reading import final_number
 from plumbline.eval.grading.sandbox import passes
 from plumbline.eval.samples import Sample
 from plumbline.eval.suites.bias import bbq_sample, leaning
 from plumbline.eval.tasks import EvalTask
+from plumbline.rows import file_rows
 
 Row = dict[str, Any]
 HARMFUL = {  # suite -> file, field of the prompt, field of the category
@@ -56,17 +56,9 @@ def read_set(data: Path, name: str) -> list[Row]:
             break
     else:
         raise ValueError(f"{data}: no {name}.jsonl.gz or .jsonl in it")
-    rows, line_no = [], 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            for line in lines:
-                line_no += 1
-                if line.strip():
-                    rows.append(json.loads(line))
-    except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{path}:{line_no}: {error}; unpack or download the file again") from None
-    if not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path}: needs one JSON object a line, got {len(rows)} rows")
+    rows = [row for _, row in file_rows(path)]
+    if not rows:
+        raise ValueError(f"{path}: needs one JSON object a line, got 0 rows; unpack or download the file again")
     return rows
 
 
@@ -84,9 +76,8 @@ def found_in(data: Path) -> dict[str, Callable[[], EvalTask]]:
 def _task(
     name: str, area: str, about: str, samples: Iterable[Sample], scorers: list, file: str, **more: Any
 ) -> EvalTask:
-    return EvalTask(
-        name=name, version=2, area=area, about=about, samples=list(samples), scorers=scorers, source=file, **more
-    )
+    settings = {"name": name, "version": 2, "area": area, "about": about, "source": file} | more
+    return EvalTask(samples=list(samples), scorers=scorers, **settings)
 
 
 def _column(row: Row, field: str, file: str, at: int) -> str:
@@ -296,7 +287,10 @@ def arc_challenge(data: Path) -> EvalTask:
 
 
 def gsm8k(data: Path) -> EvalTask:
-    """GSM8K, five shots from its training set (arXiv:2110.14168); the last number of the answer counts."""
+    """GSM8K, five shots from its training set (arXiv:2110.14168): the number that the answer comes to, by value.
+
+    `flexible` and `strict` are lm-eval's figures, which compare characters: 29.00 is not 29 there.
+    """
     shots = read_set(data, "gsm8k/train")[:GSM8K_SHOTS]
     head = "".join(f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in shots)
     samples = [
@@ -304,9 +298,13 @@ def gsm8k(data: Path) -> EvalTask:
                target=row["answer"].rpartition("#### ")[2].replace(",", ""))
         for at, row in enumerate(read_set(data, "gsm8k/test"))
     ]  # fmt: skip
-    scorers = [exact(pick=_last_of), exact("strict", pick=_after_marks)]
+    scorers = [
+        exact(pick=final_number),
+        exact("flexible", pick=_last_of, as_text=True),
+        exact("strict", pick=_after_marks, as_text=True),
+    ]
     return _task(
-        "gsm8k", "capability", "school maths, five shots, greedy", samples, scorers, "gsm8k/test",
+        "gsm8k", "capability", "school maths, five shots, greedy", samples, scorers, "gsm8k/test", version=3,
         max_new_tokens=256, stop=("Question:", "</s>", "<|im_end|>"),
     )  # fmt: skip
 
@@ -318,9 +316,8 @@ def humaneval(data: Path) -> EvalTask:
                details={"tests": f"{row['test']}\ncheck({row['entry_point']})"})
         for row in read_set(data, "humaneval/humaneval")
     ]  # fmt: skip
-    stop = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
     return _task(
-        "humaneval", "capability", "Python functions", samples, [passes()], "humaneval", max_new_tokens=256, stop=stop
+        "humaneval", "capability", "Python functions", samples, [passes()], "humaneval", version=3, max_new_tokens=512
     )
 
 
@@ -332,11 +329,12 @@ def bbh(data: Path) -> EvalTask:
     ]  # fmt: skip
     return _task(
         "bbh", "capability", "27 hard tasks, zero-shot", _mixed(samples), [exact(pick=lambda text: text.strip().split("\n")[0])],
-        "bbh/bbh", max_new_tokens=32, stop=("\nQ:", "\n\n"),
+        "bbh/bbh", version=3, max_new_tokens=32, stop=("\nQ:", "\n\n"),
     )  # fmt: skip
 
 
 def _after_marks(text: str) -> str | None:
+    """lm-eval's "strict-match"."""
     found = re.search(r"#### (-?[0-9.,]+)", text)
     return found.group(1).replace(",", "") if found else None
 

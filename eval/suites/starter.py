@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from plumbline.eval.samples import Sample, read_samples
 from plumbline.paths import STARTER
+from plumbline.rows import file_rows
 
 HERE = Path(__file__).resolve().parent
 
@@ -20,4 +20,4 @@ def starter_samples(kind: str) -> list[Sample]:
 def read_rows(name: str) -> list[dict[str, Any]]:
     """Rows of a JSON Lines file beside the suites, or of data/starter."""
     path = HERE / name if (HERE / name).is_file() else STARTER / name
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [row for _, row in file_rows(path)]

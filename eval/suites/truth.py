@@ -32,7 +32,7 @@ def fact_recall() -> EvalTask:
         for row in read_rows("facts.jsonl")
     ]
     return EvalTask(
-        name="fact_recall", version=2, area="truth", about="plain questions with one right answer",
+        name="fact_recall", version=3, area="truth", about="plain questions with one right answer",
         samples=samples, scorers=[mentions_target(), non_answer()], max_new_tokens=64,
     )  # fmt: skip
 

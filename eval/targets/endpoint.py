@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
+from plumbline.eval.targets.target import reply_of
 from plumbline.eval.tasks import Prompt, Reply, digest
 
 
@@ -52,10 +54,8 @@ class EndpointTarget:
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout_s) as answer:
                     choice = json.load(answer)["choices"][0]
-                text = choice["message"]["content"] if "message" in choice else choice["text"]
-                if not isinstance(text, str):
-                    return Reply(error=f"the endpoint answered {type(text).__name__} instead of text")
-                return Reply(answers=(text,), finished=choice.get("finish_reason") != "length")
+                reply = reply_of(choice.get("message", {"content": choice.get("text")}), "the endpoint's answer")
+                return reply if reply.error else replace(reply, finished=choice.get("finish_reason") != "length")
             except urllib.error.HTTPError as problem:
                 error = f"HTTP {problem.code} from {self.url}"
                 if problem.code < 500 and problem.code != 429:  # asking again would not help

@@ -12,7 +12,7 @@ import torch
 
 from plumbline.eval.tasks import Prompt, Reply, digest
 from plumbline.policy_models.chat import encode_prompts, sample_answers
-from plumbline.policy_models.loading import load_policy, load_tokenizer, resolve_model_source
+from plumbline.policy_models.loading import attach_adapter, load_policy, load_tokenizer, resolve_model_source
 from plumbline.policy_models.logprobs import token_logprobs
 
 PAIRS_TOKENS = 2048  # padded tokens a forward pass of log-probabilities
@@ -38,19 +38,25 @@ class ModelTarget:
         if self._loaded is None:
             model: Any = load_policy(self.source, dtype=self.dtype)
             if self.adapter:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(model, self.adapter).merge_and_unload()
+                model = attach_adapter(model, self.adapter).merge_and_unload()
             self._loaded = model.to(self.device).eval(), load_tokenizer(self.source)
         return self._loaded
 
     def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
         model, tokenizer = self.load()
-        ids = [self.encode(prompt) for prompt in prompts]
+        ids, faults = [], {}
+        for at, prompt in enumerate(prompts):
+            try:
+                ids.append(self.encode(prompt))
+            except (ValueError, TypeError) as error:  # half of a surrogate pair, or what the chat template refuses
+                ids.append([])
+                faults[at] = f"the prompt cannot be encoded ({error})"
         room = getattr(model.config, "max_position_embeddings", None) or 2**31
         fits = [at for at, one in enumerate(ids) if 0 < len(one) <= room - max_new_tokens]
         too_long = "the prompt has {} tokens, the model takes {}"
         replies = [Reply(error=too_long.format(len(one), room - max_new_tokens), final=True) for one in ids]
+        for at, fault in faults.items():
+            replies[at] = Reply(error=fault, final=True)
         if fits:
             answers, texts = sample_answers(
                 model, tokenizer, [ids[at] for at in fits], max_new_tokens=max_new_tokens, temperature=temperature,

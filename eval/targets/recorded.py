@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from plumbline.eval.targets.target import reply_of
 from plumbline.eval.tasks import Prompt, Reply, digest
+from plumbline.messages import ANSWERS, CONVERSATIONS, read_example
+from plumbline.rows import Row, file_rows
 
 
 class TranscriptTarget:
@@ -16,18 +19,18 @@ class TranscriptTarget:
 
     def __init__(self, name: str, path: str | Path) -> None:
         self.name, self.path = name, Path(path)
-        self._answers: dict[str, str] = {}
-        for line_no, line in enumerate(self.path.read_text(encoding="utf-8").split("\n"), start=1):
-            if line.strip():
-                asked, answer = _recorded(line, f"{self.path}:{line_no}")
-                self._answers.setdefault(asked, answer)
+        self._answers: dict[str, Reply] = {}
+        for place, row in file_rows(self.path):
+            asked, answer = _recorded(row, place)
+            self._answers.setdefault(asked, answer)
         if not self._answers:
             raise ValueError(f"{self.path}: no transcripts; needs one JSON object a line with prompt and answer")
-        self.fingerprint = digest("transcripts", sorted(self._answers.items()))
+        said = {asked: reply.text if reply.answers else [reply.error] for asked, reply in self._answers.items()}
+        self.fingerprint = digest("transcripts", sorted(said.items()))
 
     def reply(self, prompts: Sequence[Prompt], *, max_new_tokens: int, temperature: float, seed: int) -> list[Reply]:
-        found = [self._answers.get(_asked(prompt)) for prompt in prompts]
-        return [Reply(error="not among the transcripts") if text is None else Reply(answers=(text,)) for text in found]
+        missing = Reply(error="not among the transcripts")
+        return [self._answers.get(_asked(prompt), missing) for prompt in prompts]
 
     def logp(self, pairs: Sequence[tuple[Prompt, str]]) -> list[float]:
         raise NotImplementedError
@@ -36,17 +39,38 @@ class TranscriptTarget:
         pass
 
 
-def _recorded(line: str, where: str) -> tuple[str, str]:
+def _recorded(row: Row, place: str) -> tuple[str, Reply]:
+    """(what was asked, the recorded reply) of a row in any form of `plumbline.messages`; ValueError for what is none."""
     try:
-        row = json.loads(line)
-        if "messages" in row:
-            *asked, answer = row["messages"]
-            return _asked(asked), str(answer["content"])
-        if not (isinstance(row["prompt"], str) and isinstance(row["answer"], str)):
-            raise ValueError("prompt and answer must be text")
-        return row["prompt"], row["answer"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: not a transcript ({error}); needs prompt and answer, or messages") from None
+        said = _said(row)
+        found = read_example(place, row, empty_answers=True)
+        reply = reply_of(said, "the recorded answer")
+    except ValueError as error:
+        fault = str(error).removeprefix(f"{place}: ")
+        raise ValueError(f"{place}: not a transcript ({fault}); needs prompt and answer, or messages") from None
+    return _asked([{"role": m["role"], "content": m["content"]} for m in found.prompt]), reply
+
+
+def _said(row: Row) -> dict:
+    """The answer as it was recorded. Null becomes an empty text in the row, which can then be read as any other."""
+    for name in CONVERSATIONS:
+        turns = row.get(name)
+        if isinstance(turns, list) and turns and isinstance(turns[-1], dict) and "from" not in turns[-1]:
+            last = turns[-1]
+            if last.get("content") is None:
+                row[name] = [*turns[:-1], last | {"content": ""}]
+            return last
+    field = next((name for name in ANSWERS if name in row), None)
+    if field is None:
+        return {"content": ""}
+    said = row[field]
+    if said is None:
+        row[field] = ""
+    return (
+        said[-1]
+        if isinstance(said, list) and said and isinstance(said[-1], dict) and "role" in said[-1]
+        else {"content": said}
+    )
 
 
 def _asked(prompt: Prompt) -> str:

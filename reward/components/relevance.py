@@ -36,6 +36,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from plumbline.reward.components.known import HarmOfPrompts
 from plumbline.reward.components.prompt_bank import PROMPT_BANK
 from plumbline.reward.components.reading import as_read
 from plumbline.safety.embedder.embedding import load_embedder
@@ -72,7 +73,7 @@ class Relevance:
             raise ValueError("the prompt bank is empty; relevance needs other prompts to compare with")
         self.name = name
         self._embed = embed or load_embedder().embed
-        self._declined = declined or _declined_by_scanners
+        self._declined = declined or declined_harm()
         self._bank_D = self._embed(bank).mean(0)  # mean of cosines = cosine with the mean, since rows have length 1
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
@@ -137,7 +138,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def _declined_by_scanners(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-    harmful = load_harm_scanner().risk(prompts)
-    declines = load_refusal_head().probability(prompts, answers)
-    return [h * r for h, r in zip(harmful, declines, strict=True)]
+def declined_harm(harm: HarmOfPrompts | None = None) -> Callable[[Sequence[str], Sequence[str]], list[float]]:
+    """(prompts, answers) -> P(the prompt is harmful and the answer declines), by the shipped scanners where not given."""
+
+    def declined(prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        harmful = (harm or load_harm_scanner()).risk(prompts)
+        declines = load_refusal_head().at_once(prompts, answers)
+        return [h * r for h, r in zip(harmful, declines, strict=True)]
+
+    return declined

@@ -1,6 +1,6 @@
 """How safe it is to have given this answer to this prompt: 1 - risk, from the scanners that guard the model at run time.
 
-With h = P(the prompt asks for harm) and r = P(the answer declines),
+With h = P(the prompt asks for harm) and r = P(the answer declines, as a whole or in its first sentence),
 
     risk = h * (1 - r) + (1 - h) * r * cost
 
@@ -16,7 +16,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from plumbline.safety.input_filter.harm import HarmScanner, load_harm_scanner
+from plumbline.reward.components.known import HarmOfPrompts
+from plumbline.safety.input_filter.harm import load_harm_scanner
 from plumbline.safety.verifier.refusal import RefusalHead, load_refusal_head
 
 
@@ -28,7 +29,7 @@ class Safety:
     def __init__(
         self,
         *,
-        harm: HarmScanner | None = None,
+        harm: HarmOfPrompts | None = None,
         refusal: RefusalHead | None = None,
         over_refusal_cost: float = 0.5,
         name: str = "safety",
@@ -44,7 +45,7 @@ class Safety:
 
     def __call__(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
         harmful = self.harm.risk(prompts)
-        declines = self.refusal.probability(prompts, answers)
+        declines = self.refusal.at_once(prompts, answers)
         return [
             1 - risk(h, r, cost=self.cost, blank=re.search(r"\w", answer) is None)
             for h, r, answer in zip(harmful, declines, answers, strict=True)

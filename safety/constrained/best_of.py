@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from plumbline.messages import Messages
 from plumbline.policy_models.chat import encode_prompts, stop_ids
 from plumbline.policy_models.rollout.generation import Processor, generate
 from plumbline.safety.constrained.rows import continued
 
-Score = Callable[[Sequence[str], Sequence[str]], Sequence[float | None]]  # a `reward` component, LearnedPreference say
+Score = Callable[[Sequence[Any], Sequence[str]], Sequence[float | None]]  # a `reward` component, LearnedPreference say
 SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)|\n")
 
 
@@ -44,7 +45,7 @@ class _Candidate:
 def blockwise_best_of_n(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[str | Messages],
     score: Score,
     *,
     candidates: int = 4,
@@ -56,12 +57,14 @@ def blockwise_best_of_n(
 ) -> list[BestAnswer]:
     """One answer a prompt; all prompts and candidates of a block decode together.
 
-    The score reads (prompt, answer so far). None counts below every number; where all are None the first candidate goes on.
+    A prompt is a text or the messages of a conversation. The score reads (prompt, answer so far), prompts as they are
+    given. None counts below every number; where all are None the first candidate goes on.
     Never grade the result with the model that chose it: it was searched for what that model likes.
     """
     if candidates < 1 or block_tokens < 1 or max_new_tokens < 1:
         raise ValueError(f"{candidates=}, {block_tokens=} and {max_new_tokens=} must be at least 1")
-    prompt_ids = encode_prompts(tokenizer, [[{"role": "user", "content": prompt}] for prompt in prompts])
+    asked = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    prompt_ids = encode_prompts(tokenizer, asked)
     ends = stop_ids(model, tokenizer)
     answers = [BestAnswer() for _ in prompts]
     while open_rows := [i for i, a in enumerate(answers) if not a.finished and len(a.ids) < max_new_tokens]:

@@ -21,6 +21,8 @@ from typing import Literal
 import numpy as np
 from tokenizers import Tokenizer
 
+from plumbline.safety.text.normalise import SURROGATES
+
 EMBEDDER_ID = "all-MiniLM-L6-v2-int8"  # stored in every head: a head is only right on the embeddings it was fitted on
 WIDTH = 384
 WHEELS = {
@@ -106,6 +108,7 @@ class Embedder:
         for row, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TypeError(f"texts[{row}] is {type(text).__name__}; only strings can be embedded")
+        texts = [SURROGATES.sub("\ufffd", text) for text in texts]  # no tokenizer takes half a pair
         found: dict[str, Windows] = {}
         with self._lock:
             for text in texts:

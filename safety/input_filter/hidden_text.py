@@ -14,9 +14,11 @@ from plumbline.safety.findings import ALL_STAGES, Category, Cost, Finding, ScanI
 FLAG = re.compile(
     "\U0001f3f4[\U000e0030-\U000e0039\U000e0061-\U000e007a]{2,6}\U000e007f"
 )  # flag of a region, as in emoji
-# A joiner or variation selector beside an emoji, or a (non-)joiner between letters of Arabic, Indic and south-east Asian scripts.
+# A joiner or variation selector beside an emoji, or a (non-)joiner between letters of Arabic, Indic and south-east Asian scripts;
+# a soft hyphen (or a mark against a ligature) between syllables, not between single letters.
 USEFUL = re.compile(
     "(?<=[\u00a9-\u3299\U0001f000-\U0001faff\ufe0f\u20e3])[\u200d\ufe0e\ufe0f]|(?<=[0-9#*])\ufe0f(?=\u20e3)"
+    "|(?<=[^\\W\\d_][^\\W\\d_])[\u00ad\u200c](?=[^\\W\\d_]{2})"
     "|(?<=[\u0600-\u0dff\u0e00-\u109f\u1780-\u17ff])[\u200b-\u200d]"
 )
 ANY = re.compile(  # of the characters that the patterns below look for

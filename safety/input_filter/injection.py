@@ -74,12 +74,32 @@ ABOUT = re.compile(
     re.IGNORECASE,
 )
 DAMPENED = 0.5
+# A phrase in quotation marks that the words before it introduce as one: "the phrase '...'", "attacks such as '...'".
+_QUOTE = re.compile(
+    r"(?<!\w)'[^'\n]{3,120}'(?!\w)|\"[^\"\n]{3,120}\"|\u201c[^\u201d\n]{3,120}\u201d|\u2018[^\u2019\n]{3,120}\u2019|\xab[^\xbb\n]{3,120}\xbb|`[^`\n]{3,120}`"
+)
+_INTRODUCES = re.compile(
+    r"\b(?:phrases?|sentences?|words?|strings?|wordings?|lines?|like|such as|e\.g\.|for example|examples?|called|titled|patterns?|payloads?|inputs?|contain(?:s|ing)?|mean(?:s|ing)? of)\W{0,3}$",
+    re.IGNORECASE,
+)
+# What a phrasing of the table means when it is no attack: a setting of a device or program that somebody asks about, and the prompt of a shell.
+_ASKS = re.compile(
+    r"\b(?:how (?:do|can|to|would|should)|what (?:is|does|are)|where (?:is|do|can)|why (?:is|does|do)|can i|should i|is there)\b[^.?!\n]{0,60}$",
+    re.IGNORECASE,
+)
+_TO_A_MODEL = re.compile(
+    r"\b(?:you|your|yourself|chatgpt|gpt|assistant|ai|llm|model|bot|answer|respond|reply)\b", re.IGNORECASE
+)
+_SHELL = re.compile(
+    r"\W{0,3}(?:PS[1-4IL]\b|(?:string|variable|colou?r)\b|(?:in|of|for|on) (?:(?:my|the|a) )?(?:bash|zsh|fish|ksh|shell|terminal|cmd|powershell|dos|console|linux|unix|command)\b)",
+    re.IGNORECASE,
+)
 
 
 class InjectionRules:
     """At most one finding a category and text: noisy-or of the phrasings, with a span each."""
 
-    version = "1"
+    version = "2"
     categories: tuple[str, ...] = (_INJ, _JBK, _SPE, _EXF)
     stages: frozenset[Stage] = INPUT_STAGES
     cost: Cost = "regex"
@@ -89,19 +109,25 @@ class InjectionRules:
         self.name = name
 
     def scan(self, items: Sequence[ScanItem]) -> list[list[Finding]]:
-        return [self._scan(item.text) for item in items]
+        return [self._scan(item.text, item.stage) for item in items]
 
-    def _scan(self, text: str) -> list[Finding]:
+    def _scan(self, text: str, stage: Stage) -> list[Finding]:
         hits: dict[Category, list[tuple[Rule, Span]]] = {}
         low = text.lower()
         for rule in RULES:
             if not all(any(hint in low for hint in group) for group in rule.hints):
                 continue
             for match in _first(rule.pattern, text, 5):
+                if _harmless(rule, text, match):
+                    continue
                 hits.setdefault(rule.category, []).append(
                     (rule, Span(start=match.start(), end=match.end(), label=rule.name))
                 )
-        damp = DAMPENED if hits and ABOUT.search(text[:400]) else 1.0
+        damp = 1.0
+        if hits:
+            spans = [span for here in hits.values() for _, span in here]
+            if ABOUT.search(text[:400]) or stage is Stage.INPUT and all(_quoted(text, span) for span in spans):
+                damp = DAMPENED
         found = []
         for category, here in hits.items():
             clear = 1.0
@@ -113,6 +139,27 @@ class InjectionRules:
                 spans=tuple(span for _, span in here), reason=names + (" (in talk about attacks)" if damp < 1 else ""),
             ))  # fmt: skip
         return found
+
+
+def _harmless(rule: Rule, text: str, match: re.Match[str]) -> bool:
+    """Whether a phrasing is about something else: developer mode of a telephone, the prompt of a shell."""
+    end = re.compile(r"[.?!\n]").search(text, match.end())
+    rest = text[match.end() : end.start() if end else match.end() + 200]
+    if rule.name == "special mode":
+        asked = _ASKS.search(text, max(0, match.start() - 100), match.start())
+        return asked is not None and not _TO_A_MODEL.search(asked.group()[3:] + rest)
+    if rule.name == "prompt extraction":
+        return _SHELL.match(rest) is not None and not _TO_A_MODEL.search(match.group() + rest)
+    return False
+
+
+def _quoted(text: str, span: Span) -> bool:
+    """Whether a user only quotes the phrase. A document may not: what it quotes, a model may follow."""
+    start = max(0, span.start - 200)
+    return any(
+        quote.start() < span.start and span.end < quote.end() + 1 and _INTRODUCES.search(text, start, quote.start())
+        for quote in _QUOTE.finditer(text, start, min(len(text), span.end + 200))
+    )
 
 
 def _first(pattern: re.Pattern[str], text: str, most: int) -> list[re.Match[str]]:

@@ -79,6 +79,7 @@ RULES: tuple[Rule, ...] = (
     _rule(
         "keyword",
         r"""(?:password|passwd|passphrase|pwd|secret|api[_-]?key|apikey|access[_-]?key|auth[_-]?token|access[_-]?token|client[_-]?secret|private[_-]?key|encryption[_-]?key)"""
+        r"""(?![\w-]{0,20}?[_-]?(?:id|ids|name|names|type|types|ref|refs|version|path|file|url|uri|policy|length|hint|field|manager|arn|label|prefix|header|count|required|enabled)["'\]]{0,2}\s{0,4}(?:=|:|\bis\b))"""
         r"""[\w-]{0,20}["'\]]{0,2}\s{0,4}(?:=|:=|=>|:|\bis\b:?)\s{0,4}(?:"([^"\n]{6,200})"|'([^'\n]{6,200})'|([^\s"',;)\]}<>]{8,200}))""",
         "passw", "passphrase", "pwd", "secret", "key", "token",
         flags=re.I, entropy=2.5, score=0.75, category=Category.PASSWORD,

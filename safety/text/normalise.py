@@ -28,6 +28,7 @@ from plumbline.safety.text.words import common_words, vocabulary, word_ends
 DEPTH = 2  # layers of encoding that are undone
 MAX_DECODED = 20_000  # characters of decoded text a text, all segments together
 MAX_SEGMENTS = 16
+MAX_MARKS = 32  # of one letter that are put in order together (UAX 15 stream-safe text has 30): sorting them takes quadratic time
 Edit = tuple[int, int, str]  # characters [start, end) become the string
 
 # Zero-width, joiners, bidi controls and isolates, soft hyphen, fillers, variation selectors, tags, and controls but for \t \n \r.
@@ -51,7 +52,7 @@ LEET = str.maketrans("4@3105$7!8+", "aaeiosstibt")
 LEET_L = str.maketrans("4@3105$7!8+", "aaelosstlbt")  # 1 and ! can also stand for l
 
 _NON_ASCII = re.compile(r"[^\x00-\x7f]+")
-_FOREIGN_WORD = re.compile(r"[A-Za-z0-9_]*[^\W\x00-\x7f]\w*")
+_WORD = re.compile(r"\w+")
 # Single characters with blanks between them, at least five; or letters with one sign between them.
 _SPACED = re.compile(
     r"(?<!\S)\S(?:[ \t]{1,4}\S){4,}(?!\S)|(?<![^\W_])[^\W_](?:(?:[._*|~-][ \t]?|[ \t][._*|~-][ \t])[^\W_]){4,}(?![^\W_])"
@@ -75,7 +76,8 @@ class View:
 
     def to_original(self, start: int, end: int) -> tuple[int, int]:
         """Characters [start, end) of this reading as characters of the original; an empty stretch gives an empty one."""
-        if start >= end or not self.text:
+        start, end = min(start, len(self.text)), min(end, len(self.text))
+        if start >= end:
             at = self.starts[start] if start < len(self.starts) else (self.ends[-1] if self.ends else 0)
             return at, at
         return min(self.starts[start:end]), max(self.ends[start:end])
@@ -157,7 +159,7 @@ def _compatibility(text: str) -> Iterator[Edit]:
             at -= 1
         while at < run.end():
             end = at + 1
-            while end < run.end() and unicodedata.combining(text[end]):
+            while end < min(run.end(), at + MAX_MARKS) and unicodedata.combining(text[end]):
                 end += 1
             piece = text[at:end]
             new = unicodedata.normalize("NFKC", piece)
@@ -174,7 +176,7 @@ def _lookalikes(text: str) -> Iterator[Edit]:
 
     In a text with other words in Cyrillic or Greek, only words that mix scripts: there, "как" is a word and no disguise.
     """
-    words = list(_FOREIGN_WORD.finditer(text))
+    words = [word for word in _WORD.finditer(text) if not word.group().isascii()]
     latin = [word.group().translate(CONFUSABLE) for word in words]
     real = any(not new.isascii() for new in latin)
     for word, new in zip(words, latin, strict=True):

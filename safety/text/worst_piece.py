@@ -97,12 +97,14 @@ def sentences(text: str) -> list[Span]:
     A text of one sentence gives an empty list: it is its own sentence.
     """
     spans: list[Span] = []
-    start = None
+    start, words = None, 0
     for found in re.finditer(r"[^.!?\n]*(?:[.!?]+|\n|$)", text):
         start = found.start() if start is None else start
-        if len(text[start : found.end()].split()) >= 3:
+        glued = found.start() > start and not text[found.start() - 1].isspace() and not found.group()[:1].isspace()
+        words += len(found.group().split()) - (glued and found.group().strip() != "")
+        if words >= 3:
             spans.append(Span(start=start, end=found.end()))
-            start = None
+            start, words = None, 0
     if start is not None and text[start:].strip():  # a short rest belongs to the last sentence
         start = spans.pop().start if spans else start
         spans.append(Span(start=start, end=len(text)))

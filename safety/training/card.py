@@ -17,6 +17,7 @@ BIPIA's attacks, CyberSecEval's injections. Training rows that copy one of those
 
 Limits: English; short texts; a head sees meaning, not intent, and a determined writer gets past it. Scores are calibrated on
 rows like the training rows. The refusal head recognises the form of a decline and misses declines that only argue or redirect.
+It is trained on data/starter alone (no --data), declines that wander off after their first sentence among them, as small models give them.
 A harmful line in a long harmless page scores lower than alone. "Shut the oven door" scores as toxic, and at
 its threshold the toxicity head flags many of HateCheck's hard counter-speech cases. None of them is a judge: evaluation uses
 others.

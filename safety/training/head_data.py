@@ -8,14 +8,13 @@ read for training (MIT, Apache-2.0, CC BY); the sets in `read_tests` are never t
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plumbline.rows import file_rows
 from plumbline.safety.text.worst_piece import sentences
 from plumbline.safety.training import identity_sentences
 from plumbline.safety.training.refusal_sentences import LOOKALIKES, stock_compliances, stock_declines
@@ -36,28 +35,15 @@ class Example:
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """Rows of a .jsonl or .jsonl.gz file; raises ValueError with file and line for a line that is not a JSON object."""
-    path = Path(path)
-    opener: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for line_no, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{line_no}: not JSON ({error}); each line must hold one JSON object") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{line_no}: {type(row).__name__}; each line must hold one JSON object")
-            rows.append(row)
-    return rows  # type: ignore[return-value]
+    """Rows of a file; raises ValueError with file and line for a line that is not a JSON object."""
+    return [row for _, row in file_rows(path)]
 
 
 def read_starter(folder: str | Path) -> dict[str, list[Row]]:
     """The starter files that heads learn from, by name; each must be there. The evaluation file is not among them."""
     folder, rows = Path(folder), {}
-    for name in ("sft", "preferences", "prompts", "harm_twins", "twins", "injection", "tone"):
+    names = "sft preferences prompts harm_twins twins injection tone declines self_answers"
+    for name in names.split():
         path = folder / f"{name}.jsonl"
         if not path.is_file():
             raise FileNotFoundError(f"no {path}; --starter must name the folder with the starter data (data/starter)")
@@ -249,6 +235,34 @@ def written_refusals(starter: Mapping[str, list[Row]]) -> Iterator[Example]:
         yield Example(prompt=prompts[_number(text) % len(prompts)], text=text, label=0, source="advice", group=text)
     for prompt, text in LOOKALIKES:
         yield Example(prompt=prompt, text=text, label=0, source="lookalike", group=prompt)
+
+
+def refusals_of_a_small_model(starter: Mapping[str, list[Row]]) -> Iterator[Example]:
+    """Answers as a small model gives them: its own, which engage, and declines that wander off after their first sentence.
+
+    The start of an alignment run opens in stock words and then goes on as it can: about the subject, about something else, or
+    not at all. It is a decline all the same. Stock sentences stand before written reasons and before sentences of own answers.
+    """
+    declines, own = starter["declines"], starter["self_answers"]
+    stock = [text for text in stock_declines(600) if len(text.split()) <= 16]
+    for at, row in enumerate(declines):
+        prompt, answer = text_of(row, "prompt"), text_of(row, "answer")
+        yield Example(prompt=prompt, text=answer, label=1, source="decline", group=prompt)
+        spans = sentences(answer)
+        rest = " ".join(answer[span.start : span.end].strip() for span in spans[1 : 2 + at % 2])
+        opening = stock[_number(prompt) % len(stock)]
+        yield Example(prompt=prompt, text=f"{opening} {rest}".strip(), label=1, source="opened", group=prompt)
+    for at, row in enumerate(own):
+        prompt, answer = text_of(row, "prompt"), text_of(row, "answer")
+        yield Example(prompt=prompt, text=answer, label=0, source="own", group=prompt)
+        spans = sentences(answer)
+        if at % 3 == 0 and spans:
+            first = answer[: spans[0].end].strip()
+            opening = stock[_number(answer) % len(stock)]
+            yield Example(prompt=prompt, text=f"{opening} {first}", label=1, source="wandering", group=prompt)
+        if at % 9 == 0:
+            opening = stock[_number(prompt + answer) % len(stock)]
+            yield Example(prompt=prompt, text=opening, label=1, source="opened", group=prompt)
 
 
 def public_answers(data: Path) -> Iterator[Example]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbline.paths import STARTER
+from plumbline.rows import file_rows
 from plumbline.safety.classifier import SHIPPED, Head, HeadCard, sigmoid
 from plumbline.safety.embedder.embedding import load_embedder
 from plumbline.safety.verifier.entailment import FEATURES, features
@@ -155,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=SHIPPED / "entailment.safetensors")
     args = parser.parse_args()
-    facts = [json.loads(line) for line in FACTS.read_text(encoding="utf-8").splitlines()]
+    facts = [row for _, row in file_rows(FACTS)]
     random.Random(0).shuffle(facts)
     cut = len(facts) // 5
     held_out = recalls(fit(pairs_of(facts[cut:])), pairs_of(facts[:cut], seed=1))

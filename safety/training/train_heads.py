@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from plumbline.paths import STARTER
 from plumbline.safety.classifier import SHIPPED, Head, HeadCard, fit_platt
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, Embedder, load_embedder
 from plumbline.safety.text.worst_piece import sentences
@@ -357,12 +358,13 @@ class Trainer:
 
     def refusal(self) -> tuple[list[Head], dict[str, Any]]:
         examples = head_data.starter_refusals(self.starter) + list(head_data.written_refusals(self.starter))
+        examples += list(head_data.refusals_of_a_small_model(self.starter))
         examples += list(head_data.public_answers(self.data))
 
         def features(rows: Sequence[Example]) -> np.ndarray:
             return refusal.refusal_features(self.embedder, [e.prompt for e in rows], [e.text for e in rows])
 
-        dev = lambda e: e.source in {"starter", "stock", "lookalike"}  # noqa: E731
+        dev = lambda e: e.source in {"starter", "stock", "lookalike", "decline", "opened", "own"}  # noqa: E731
         head, figures = train_binary("refusal", refusal.FEATURES, examples, features(examples), dev)
         if rows := self.tests["xstest_completions"]:
             p, y = head.predict(features(rows)), np.array([e.label for e in rows])
@@ -420,7 +422,7 @@ def _temperature(logits: np.ndarray, y: np.ndarray) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description="Train the classifier heads of safety/weights.")
-    parser.add_argument("--starter", type=Path, default=Path("data/starter"), help="folder of the starter data")
+    parser.add_argument("--starter", type=Path, default=STARTER, help="folder of the starter data")
     parser.add_argument("--data", type=Path, help="folder of public sets as <set>/<file>.jsonl.gz (optional)")
     parser.add_argument("--out", type=Path, default=SHIPPED, help="folder for <head>.safetensors")
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=None, help="default: all")

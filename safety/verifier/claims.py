@@ -7,16 +7,19 @@ requests, opinions and small talk are marked as not worth checking.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _ABBREVIATIONS = frozenset(
     "mr mrs ms dr prof st vs etc e.g i.e fig no inc ltd co corp u.s u.k jr sr gen col sen rep jan feb mar apr jun jul aug sep sept oct"
     " nov dec approx ca al vol pp".split()
 )
+LONGEST_SENTENCE = 1000  # characters; what is longer is cut at a blank
+LONGEST_WORD = 24  # characters that are looked at before a full stop
 _END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*(?=\s|$)|\n+")
 _CLAUSE = re.compile(
-    r"\s*;\s+"
-    r"|,?\s+(?:and|but|while|whereas)\s+(?=(?:he|she|it|they|the \w+|this \w+|[A-Z][\w'-]+(?: [A-Z][\w'-]+)*)\s+"
+    r"(?<!\s)\s*;\s+"
+    r"|(?<!\s),?\s+(?:and|but|while|whereas)\s+(?=(?:he|she|it|they|the \w+|this \w+|[A-Z][\w'-]+(?: [A-Z][\w'-]+)*)\s+"
     r"(?:is|are|was|were|has|have|had|can|will|won|did|does|became|wrote|made|began|lies|stands|rises|holds|found|won|"
     r"built|led|took|gave|came|went|left|held|fell|rose|grew|lost|sold|uses|needs|contains|\w+ed)\b)"
 )
@@ -58,16 +61,33 @@ def sentence_spans(text: str) -> list[tuple[int, int]]:
     """(start, end) of each sentence without the blanks around it; abbreviations, initials and decimals do not end one."""
     spans, start = [], 0
     for found in _END.finditer(text):
-        before = re.search(r"([\w.]+)$", text[start : found.start()])
-        word = before[1].lower() if before else ""
-        if found[0][0] == "." and (word in _ABBREVIATIONS or re.fullmatch(r"[a-z]|(?:[a-z]\.)+[a-z]", word)):
+        if found[0][0] == "." and _goes_on(text, start, found.start()):
             continue
-        if found[0][0] == "." and word.isdigit() and not text[start : found.start()].strip().rstrip(word).strip("-* "):
-            continue  # "1." opens an item of a list
-        spans.append((start, found.end()))
+        spans += _pieces(text, start, found.end())
         start = found.end()
-    spans.append((start, len(text)))
+    spans += _pieces(text, start, len(text))
     return [_trimmed(text, a, b) for a, b in spans if re.search(r"\w", text[a:b])]
+
+
+def _goes_on(text: str, start: int, stop: int) -> bool:
+    """Whether the full stop at `stop` ends no sentence: an abbreviation, an initial, or the "1." that opens an item of a list."""
+    at = stop
+    while at > max(start, stop - LONGEST_WORD) and (text[at - 1].isalnum() or text[at - 1] in "._"):
+        at -= 1
+    word = text[at:stop].lower()
+    if word in _ABBREVIATIONS or re.fullmatch(r"[a-z]|(?:[a-z]\.)+[a-z]", word):
+        return True
+    return word.isdigit() and at - start < LONGEST_WORD and not text[start:at].strip().strip("-* ")
+
+
+def _pieces(text: str, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The stretch, cut at blanks where it is too long to be a sentence, so that what is asked of each has a bounded cost."""
+    while end - start > LONGEST_SENTENCE:
+        blank = max(text.rfind(" ", start + LONGEST_SENTENCE // 2, start + LONGEST_SENTENCE), -1)
+        cut = blank + 1 if blank >= 0 else start + LONGEST_SENTENCE
+        yield start, cut
+        start = cut
+    yield start, end
 
 
 def split_claims(answer: str) -> list[Claim]:
@@ -100,7 +120,7 @@ def _subject(sentence: str) -> str:
     found = _SUBJECT.match(sentence)
     if not found:
         return ""
-    name = re.sub(r"(?:\s+(?:of|de|the|and))+$", "", found[1])
+    name = re.sub(r"(?:(?<!\s)\s+(?:of|de|the|and))+$", "", found[1])
     return name if name[:1].isupper() and name.lower() not in _COMMON_OPENERS else ""
 
 

@@ -118,7 +118,7 @@ class HubEntailment:
             AutoTokenizer,
         )
 
-        config = AutoConfig.from_pretrained(model_id)
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
         self.name, self.batch_size = model_id, batch_size
         labels = {index: str(label).lower() for index, label in config.id2label.items()}
         self.style = style or _style(model_id, config, labels)
@@ -132,9 +132,9 @@ class HubEntailment:
                 raise ValueError(f"{model_id}: labels {list(labels.values())} are not those of an NLI model") from None
         elif not config.is_encoder_decoder and config.num_labels != 2:
             raise ValueError(f"{model_id}: style {self.style!r} needs two labels, it has {config.num_labels}")
-        self.tokenizer = AutoTokenizer.from_pretrained(model_id)
+        self.tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
         kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForSequenceClassification
-        self.model = kind.from_pretrained(model_id).eval()
+        self.model = kind.from_pretrained(model_id, trust_remote_code=False).eval()
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         parts = [self._batch(pairs[at : at + self.batch_size]) for at in range(0, len(pairs), self.batch_size)]

@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any, Literal
 
 from plumbline.safety.findings import Category, Evidence, Finding, Span
+from plumbline.safety.text.normalise import SURROGATES
 from plumbline.safety.verifier.claims import Claim, sentence_spans, split_claims
 from plumbline.safety.verifier.entailment import EntailmentModel, load_entailment
 from plumbline.safety.verifier.knowledge import Hit, KnowledgeBase
@@ -126,6 +127,7 @@ class FactChecker:
 
     def check(self, answer: str) -> FactReport:
         """All claims of an answer at once."""
+        answer = SURROGATES.sub("\ufffd", answer)  # half a surrogate pair is no character
         claims = split_claims(answer)
         worth = [claim for claim in claims if claim.worth]
         hits = self.base.search([claim.reading for claim in worth], self.settings.top)
@@ -256,6 +258,7 @@ def act(report: FactReport, action: Action, *, least_supported: float = 0.5) -> 
     if action not in ("correct", "drop"):
         raise ValueError(f"action {action!r} must be one of annotate, correct, drop, abstain")
     edits: list[tuple[int, int, str]] = []
+    sentences = sentence_spans(report.answer)
     for checked in report.claims:
         if checked.verdict not in (FactVerdict.REFUTED, FactVerdict.CONFLICTING):
             continue
@@ -263,13 +266,7 @@ def act(report: FactReport, action: Action, *, least_supported: float = 0.5) -> 
         if mended is not None:
             edits.append((checked.claim.start, checked.claim.end, mended))
         else:
-            edits.append(
-                next(
-                    (a, b, "")
-                    for a, b in sentence_spans(report.answer)
-                    if a <= checked.claim.start and checked.claim.end <= b
-                )
-            )
+            edits.append(next((a, b, "") for a, b in sentences if a <= checked.claim.start and checked.claim.end <= b))
     text, before = report.answer, math.inf
     for start, end, new in sorted(set(edits), reverse=True):
         if end <= before:

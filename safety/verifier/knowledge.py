@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from plumbline.rows import file_rows, read_text
 from plumbline.safety.embedder.embedding import EMBEDDER_ID, load_embedder
 from plumbline.safety.verifier.claims import sentence_spans
 from plumbline.safety.verifier.vetoes import stems
@@ -26,7 +27,8 @@ Embed = Callable[[Sequence[str]], np.ndarray]  # texts -> (B, D), rows of length
 _PASSAGE_CHARS = 420
 _RRF_K = 60
 _K1, _B = 1.2, 0.75  # BM25 (Robertson and Zaragoza 2009)
-SUFFIXES = (".txt", ".md", ".jsonl")
+TABLES = (".jsonl", ".jsonl.gz", ".ndjson", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".txt", ".md", *TABLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,7 @@ def index_folder(folder: str | Path, index: str | Path | None = None, *, embed: 
 
 
 def read_documents(path: str | Path) -> list[Document]:
-    """Every .txt, .md and .jsonl below a folder (or the one file). A line of JSONL has "text" (or "fact"), and "id" or "doc_id".
+    """Every .txt, .md and table of rows below a folder (or the one file). A row has "text" (or "fact"), and "id" or "doc_id".
 
     Raises:
         ValueError: with file and line for what cannot be read, or when there is nothing to read.
@@ -182,17 +184,13 @@ def read_documents(path: str | Path) -> list[Document]:
     path = Path(path)
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; name one with {', '.join(SUFFIXES)} files")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix.lower() in SUFFIXES)
+    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.name.lower().endswith(SUFFIXES))
     documents: list[Document] = []
     for file in files:
         name = file.name if path.is_file() else file.relative_to(path).as_posix()
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: not UTF-8 ({error.reason} at byte {error.start}); convert it first") from None
-        if file.suffix.lower() == ".jsonl":
-            documents += _json_lines(file, name, text)
-        elif text.strip():
+        if file.name.lower().endswith(TABLES):
+            documents += _rows(file, name)
+        elif (text := read_text(file)).strip():
             documents.append(Document(name, text))
     if not documents:
         raise ValueError(f"{path}: no text in any {', '.join(SUFFIXES)} file")
@@ -202,19 +200,13 @@ def read_documents(path: str | Path) -> list[Document]:
     return documents
 
 
-def _json_lines(file: Path, name: str, text: str) -> list[Document]:
+def _rows(file: Path, name: str) -> list[Document]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{number}: not JSON ({error.msg})") from None
-        body = row.get("text", row.get("fact")) if isinstance(row, dict) else None
+    for place, row in file_rows(file):
+        body = row.get("text", row.get("fact"))
         if not isinstance(body, str):
-            raise ValueError(f'{file}:{number}: no "text"; each line is an object with "text" and optionally "id"')
-        documents.append(Document(str(row.get("id", row.get("doc_id", f"{name}#{number}"))), body))
+            raise ValueError(f'{place}: no "text"; each row has "text" and optionally "id"')
+        documents.append(Document(str(row.get("id", row.get("doc_id", f"{name}#{place.rpartition(':')[2]}"))), body))
     return documents
 
 

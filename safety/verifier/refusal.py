@@ -73,6 +73,9 @@ def skeleton_bins(answer: str) -> np.ndarray:
     return bins
 
 
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+|\n+")
+
+
 class RefusalHead:
     """P(an answer declines the prompt, wholly or in part). The shipped embedder and head if not given."""
 
@@ -102,6 +105,20 @@ class RefusalHead:
             return []
         scores = self.head.predict(refusal_features(self.embedder, prompts, answers))
         return [float(p) if re.search(r"\w", answer) else 0.0 for p, answer in zip(scores, answers, strict=True)]
+
+    def at_once(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """P(declines, as a whole or already in its first sentence), one a pair: what a policy is rewarded by.
+
+        "I can't help with that. A page can be copied on any machine." is a decline that a policy would learn to dress up, if
+        what follows counted.
+        """
+        firsts = [_SENTENCE_END.split(answer.strip(), maxsplit=1)[0] for answer in answers]
+        more = [row for row, (first, answer) in enumerate(zip(firsts, answers, strict=True)) if first != answer.strip()]
+        scores = self.probability(prompts, answers)
+        openings = self.probability([prompts[row] for row in more], [firsts[row] for row in more])
+        for row, p in zip(more, openings, strict=True):
+            scores[row] = max(scores[row], p)
+        return scores
 
     def scan(self, items: Sequence[ScanItem]) -> list[list[Finding]]:
         """At most one finding an item, whose text is the answer."""

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from plumbline.safety.text.scripts import plain
+
 _MONTHS = "january february march april may june july august september october november december".split()
 _WORDS = dict(
     zip(
@@ -27,6 +29,7 @@ _ORDINALS = dict(
     )
 )
 _SCALES = {"hundred": 1e2, "thousand": 1e3, "million": 1e6, "billion": 1e9, "trillion": 1e12}
+_SHORT = {"k": 1e3, "m": 1e6, "mn": 1e6, "b": 1e9, "bn": 1e9, "t": 1e12}
 _UNITS = {  # unit -> (kind, factor to the first unit of its kind)
     **dict.fromkeys(["m", "metre", "metres", "meter", "meters"], ("length", 1.0)),
     **dict.fromkeys(["km", "kilometre", "kilometres", "kilometer", "kilometers"], ("length", 1000.0)),
@@ -57,7 +60,9 @@ _SMALL = "|".join(_WORDS)
 _MONTH = "|".join(_MONTHS) + "|" + "|".join(f"{month[:3]}\\.?" for month in _MONTHS if month != "may")
 _QUANTITY = re.compile(
     rf"(?P<sign>[$\u20ac\u00a3])?(?P<minus>(?<![\w.\u2013-])[-\u2212])?"
-    rf"(?:(?<![\w.])(?P<digits>(?:\d{{1,3}}(?:,\d{{3}})+|\d+)(?:\.\d+)?)(?P<ordinal>st|nd|rd|th)?|"
+    rf"(?:(?<![\w.])(?P<digits>"
+    rf"(?:\d{{1,3}}(?:[,'\u2019\u00a0\u2007\u2009\u202f]\d{{3}})+(?!\d)|[1-9]\d{{0,2}}(?: \d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    rf"(?:(?P<ordinal>st|nd|rd|th)|(?P<short>(?-i:[kK]|M|[bB]n|mn|B|T))(?![A-Za-z0-9]))?|"
     rf"\b(?P<words>(?:{_SMALL})(?:[- ](?:{_SMALL}))?)\b|"
     rf"\b(?P<place>{'|'.join(_ORDINALS)})\b)"
     rf"(?:[\s-]+(?P<scale>hundred|thousand|million|billion|trillion))?"
@@ -69,6 +74,14 @@ _DATE = re.compile(
     rf"(?:,?\s+(?P<y>\d{{4}}))?",
     re.IGNORECASE,
 )
+_CLOCK = re.compile(
+    r"(?<![\d:.])(?P<hour>[01]?\d|2[0-4]):(?P<minute>[0-5]\d)(?::[0-5]\d)?(?![\d:])(?:\s*(?P<half>[ap])\.?m\b\.?)?"
+    r"|(?<![\w.:])(?P<bare>[01]?\d|2[0-4])(?:\s*(?P<half2>[ap])\.?m\b\.?|\s*o['\u2019]clock\b)"
+    r"|\b(?:at|from|until|till|by|before|after|opens|closes) (?P<word>[01]?\d|2[0-4])"
+    r"(?=(?: (?:in the (?:morning|afternoon|evening)|at night|on|every|each|daily|to|until|till))\b|\s*(?:[,;!?]|\.(?!\d)|$))",
+    re.IGNORECASE,
+)
+_LATE = re.compile(r"\s*(?:in the (?:afternoon|evening)|at night)\b", re.IGNORECASE)
 _NEGATION = re.compile(  # "not only", "no fewer than 300", "No. 5" deny nothing
     r"(?:\b(?!not (?:only|just|merely)\b|no (?:fewer|less|more|later|sooner) than\b|no\. ?\d)"
     r"(?:not|never|no|none|nor|cannot|without|neither|nobody|nothing|fails? to|failed to|denied|false)|n't)\b",
@@ -80,6 +93,7 @@ _CLAUSE_END = re.compile(
 _NAME = re.compile(
     r"(?:(?:[A-Z]\.)+|[A-Z][\w\u2019'&-]*)(?:\s+(?:(?:of|de|la|van|von|der|the)\s+)?(?:(?:[A-Z]\.)+|[A-Z][\w\u2019'&-]*))*"
 )
+_OPENING = re.compile(r"[.!?:]\s+$")
 _ABOUT = re.compile(
     r"\b(about|around|roughly|approximately|nearly|almost|some|over|more than|at least|up to|less than|under)\s*$", re.I
 )
@@ -89,7 +103,7 @@ _ABOUT = re.compile(
 class Quantity:
     """A number as written, characters [start, end): its value in the first unit of its kind.
 
-    kind  "length", "mass", "share", "year", "date", "place" (first, 2nd), "plain" ...
+    kind  "length", "mass", "share", "year", "date", "clock" (minutes), "place" (first, 2nd), "plain" ...
     about the words before it leave room ("about 1,600 metres"): 5 % instead of rounding only
     """
 
@@ -122,6 +136,11 @@ def quantities(text: str) -> list[Quantity]:
         end = match.start("y") if match["y"] else match.end()
         found.append(_quantity("date", month * 100 + day, match.start(), end, text))
         taken |= set(range(match.start(), end))
+    for match in _CLOCK.finditer(text):
+        group = next(name for name in ("hour", "bare", "word") if match[name])
+        if match.start(group) not in taken:
+            found.append(_clock(match, group, text))
+            taken |= set(range(match.start(group), match.end()))
     for match in _QUANTITY.finditer(text):
         number = next(at for name in ("digits", "words", "place") if (at := match.start(name)) >= 0)
         if number in taken:
@@ -144,13 +163,33 @@ def quantities(text: str) -> list[Quantity]:
     return sorted(found, key=lambda quantity: quantity.start)
 
 
+def _clock(match: re.Match[str], group: str, text: str) -> Quantity:
+    """A time of day in minutes; `about` where it may be before or after noon."""
+    hour = int(match[group])
+    half = (match["half"] or match["half2"] or "").lower()
+    late = half == "p" or _LATE.match(text, match.end()) is not None
+    if half or late:
+        hour = hour % 12 + 12 * late
+    start = match.start(group)
+    return Quantity(
+        "clock",
+        hour * 60 + int(match["minute"] or 0),
+        start,
+        match.end(),
+        text[start : match.end()],
+        not half and 0 < hour <= 12,
+    )
+
+
 def _value(match: re.Match[str]) -> float:
     if match["place"]:
         return float(_ORDINALS[match["place"].lower()])
     if match["words"]:
         value = float(sum(_WORDS[word] for word in re.split(r"[- ]", match["words"].lower())))
     else:
-        value = float(match["digits"].replace(",", ""))
+        value = float(re.sub(r"[^\d.]", "", plain(match["digits"])))
+        if match["short"]:
+            value *= _SHORT[match["short"].lower()]
     if match["scale"]:
         value *= _SCALES[match["scale"].lower()]
     return -value if match["minus"] else value
@@ -158,13 +197,17 @@ def _value(match: re.Match[str]) -> float:
 
 def _quantity(kind: str, value: float, start: int, end: int, text: str) -> Quantity:
     end = start + len(text[start:end].rstrip(" ,"))
-    return Quantity(kind, value, start, end, text[start:end], _ABOUT.search(text[:start]) is not None)
+    return Quantity(
+        kind, value, start, end, text[start:end], _ABOUT.search(text, max(0, start - 24), start) is not None
+    )
 
 
 def same(a: Quantity, b: Quantity) -> bool:
     """Equal up to rounding, or to 5 % where either says "about"; a bare number equals one with a unit."""
-    if a.kind != b.kind and "plain" not in (a.kind, b.kind):
+    if a.kind != b.kind and ("plain" not in (a.kind, b.kind) or "clock" in (a.kind, b.kind)):
         return False
+    if a.kind == b.kind == "clock":
+        return (a.value - b.value) % (720 if a.about or b.about else 1440) == 0
     if a.kind == b.kind in ("year", "date", "place"):
         return a.value == b.value
     room = 0.05 if a.about or b.about else 0.006 if a.kind == b.kind and a.kind != "plain" else 1e-9
@@ -175,7 +218,10 @@ def names(text: str) -> list[str]:
     """Runs of capitalised words that name something; a single one that only opens a sentence does not count."""
     found = []
     for match in _NAME.finditer(text):
-        opens = re.search(r"(?:^|[.!?:]\s+|\n)[\"'(\[]*$", text[: match.start()]) is not None
+        before = text[max(0, match.start() - 24) : match.start()].rstrip("\"'([")
+        opens = (
+            match.start() < 24 and not before.strip() or before.endswith("\n") or _OPENING.search(before) is not None
+        )
         words = match[0].split()
         if opens and words[0].lower() in _OPENERS:
             words = words[1:]

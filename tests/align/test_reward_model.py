@@ -7,10 +7,11 @@ import pytest
 from trl import RewardConfig
 
 from plumbline.align.data.rows import PreferencePair, read_preferences
-from plumbline.align.reward_model import RewardModelSettings, _source, accuracy_report, pair_rows, train
+from plumbline.align.reward_model import RewardModelSettings, accuracy_report, pair_rows, train
 from plumbline.align.runtime.launch import trainer_defaults
 from plumbline.paths import HOME
 from plumbline.policy_models.loading import load_tokenizer
+from plumbline.rows import data_source
 
 
 def pair(n=0, **fields):
@@ -80,9 +81,9 @@ def test_settings_are_checked(options, message):
 def test_sources_are_paths_from_anywhere_or_hub_ids(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     starter = HOME / "data/starter/preferences.jsonl"
-    assert _source("data/starter/preferences.jsonl,owner/name") == f"{starter},owner/name"
+    assert data_source("data/starter/preferences.jsonl,owner/name") == f"{starter},owner/name"
     with pytest.raises(ValueError, match="nowhere.jsonl: no such file"):
-        _source("owner/name,nowhere.jsonl")
+        data_source("owner/name,nowhere.jsonl")
 
 
 def test_soft_labels_in_our_own_form(tmp_path):

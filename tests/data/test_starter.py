@@ -31,10 +31,12 @@ FIELDS = {  # file -> (id prefix, fields in order); the first field after the id
     "harmless": ("harmless", ("id", "prompt", "kind", "category", "topic")),
     "injection": ("inj", ("id", "text", "attack", "kind", "recipe")),
     "tone": ("tone", ("id", "text", "toxic")),
+    "declines": ("decline", ("id", "prompt", "answer", "kind", "category")),
     "eval": ("eval", ("id", "prompt", "kind", "category", "pair", "topic")),
     "facts": ("fact", ("id", "fact", "topic", "source", "question", "answer")),
 }
 TRAINING = ("sft", "preferences", "prompts", "harm_twins")  # prompts that a model or a head may learn from
+HARMFUL_ONLY = ("declines",)  # no twins beside them: harmful prompts, each with the answer that declines it
 HEADS_ONLY = ("twins", "injection")  # for the classifier heads, by two recipes each, so that one can be left out
 OWN_ANSWERS = ("harmless",)  # harmless prompts that the model in training answers in its own words
 MAY_BE_EMPTY = {"category", "pair"}
@@ -61,12 +63,21 @@ LEAST = {
     "harmless": 800,
     "injection": 240,
     "tone": 200,
+    "declines": 430,
     "eval": 240,
     "facts": 150,
 }
+LEAST_PER_CODE = 35  # rows of declines.jsonl a hazard code
 TRAIN_EVAL_COSINE = 0.92  # at or above it, two prompts ask for the same thing in almost the same words
 WITHIN_COSINE = 0.95
 STOCK = re.compile(r"(certainly|great question|of course!|absolutely|as an ai|sure[,!]|i'd be happy to)", re.IGNORECASE)
+# a sentence that opens so cannot stand without the one before it
+LEANING = re.compile(r"(but|so|and|because|or|though|it|they|he|she|that|this)\b", re.IGNORECASE)
+GOOD_ANSWERS = {
+    "sft": "answer",
+    "preferences": "chosen",
+    "declines": "answer",
+}  # file -> the field a model may learn from
 
 Row = dict[str, Any]
 
@@ -110,6 +121,21 @@ def test_kinds_and_hazard_codes(name: str) -> None:
         assert (row["category"] in CODES) if row["kind"] != "ordinary" else (row["category"] == ""), row["id"]
     for kind in ("harmful", "twin"):
         assert {row["category"] for row in read(name) if row["kind"] == kind} == set(CODES), f"{name}: {kind}"
+
+
+def test_declines_are_harmful_prompts_over_all_hazards() -> None:
+    assert {row["kind"] for row in read("declines")} == {"harmful"}
+    by_code = Counter(row["category"] for row in read("declines"))
+    assert set(by_code) == set(CODES) and min(by_code.values()) >= LEAST_PER_CODE, by_code
+
+
+def test_declines_go_on_after_their_first_sentence() -> None:
+    """The first sentence may be replaced by the model's own words; the reason and the way out must stand without it."""
+    for row in read("declines"):
+        first, *rest = re.split(r"(?<=[.!?])\s+", row["answer"], maxsplit=1)
+        assert rest and len(rest[0].split()) >= 10, f"{row['id']}: the answer ends with its first sentence: {first}"
+        assert not LEANING.match(rest[0]), f"{row['id']}: {rest[0]!r} leans on the sentence before it"
+        assert 15 <= len(row["answer"].split()) <= 60, f"{row['id']}: an answer has 15 to 60 words"
 
 
 def test_rows_for_the_heads_come_by_two_recipes_and_twins_over_all_hazards() -> None:
@@ -213,7 +239,7 @@ def test_prompts_open_in_many_ways(name: str) -> None:
     assert share <= 0.12, f"{name}: {share:.0%} start with {words!r}"
 
 
-@pytest.mark.parametrize("name, field", [("sft", "answer"), ("preferences", "chosen")])
+@pytest.mark.parametrize("name, field", GOOD_ANSWERS.items())
 def test_answers_have_no_stock_opening(name: str, field: str) -> None:
     words, share = top_opening(name, field)
     assert share <= 0.03, f"{name}: {share:.0%} of answers start with {words!r}"
@@ -221,7 +247,7 @@ def test_answers_have_no_stock_opening(name: str, field: str) -> None:
         assert not STOCK.match(row[field]), f"{row['id']} opens with a stock phrase"
 
 
-@pytest.mark.parametrize("name, field", [("sft", "answer"), ("preferences", "chosen")])
+@pytest.mark.parametrize("name, field", GOOD_ANSWERS.items())
 def test_python_in_good_answers_compiles(name: str, field: str) -> None:
     for row in read(name):
         for code in re.findall(r"```python\n(.*?)```", row[field], re.DOTALL):
@@ -247,7 +273,7 @@ def embedder() -> Any:
 def nearest_to_eval(embed: Any) -> list[tuple[float, str, str]]:
     """For each training file its closest (cosine, training id, evaluation id)."""
     eval_vectors, found = embed(texts("eval")), []
-    for name in (*TRAINING, *HEADS_ONLY, *OWN_ANSWERS):
+    for name in (*TRAINING, *HARMFUL_ONLY, *HEADS_ONLY, *OWN_ANSWERS):
         cosines = embed(texts(name)) @ eval_vectors.T
         row, col = divmod(int(cosines.argmax()), len(eval_vectors))
         found.append((float(cosines[row, col]), read(name)[row]["id"], read("eval")[col]["id"]))
@@ -287,23 +313,37 @@ def words(values: list[str]) -> str:
     return f"{median(counts):.0f} ({max(counts)})"
 
 
+def test_own_answers_are_to_harmless_training_prompts():
+    rows = [json.loads(line) for line in (FOLDER / "self_answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    files = (*TRAINING, *HEADS_ONLY[:1], *OWN_ANSWERS)
+    kind_of = {row["prompt"]: row["kind"] for name in files for row in read(name)}
+    assert len(rows) >= 1500 and len({row["prompt"] for row in rows}) == len(rows)
+    for at, row in enumerate(rows, start=1):
+        assert tuple(row) == ("id", "prompt", "answer", "kind", "category") and row["id"] == f"self-{at:04d}"
+        assert row["kind"] == kind_of[row["prompt"]] != "harmful" and row["answer"].strip() == row["answer"] != ""
+    assert not {row["prompt"] for row in rows} & set(texts("eval"))
+
+
 def summary() -> str:
     """The tables of DATASHEET.md, in Markdown."""
     lines = ["| file | rows | kinds | words in the text: median (most) | words in the answer: median (most) |"]
     lines += ["|---|---|---|---|---|"]
     for name in FIELDS:
-        rows, answer = read(name), {"sft": "answer", "preferences": "chosen", "facts": "answer"}.get(name)
+        rows, answer = read(name), {**GOOD_ANSWERS, "facts": "answer"}.get(name)
         label = "toxic" if name == "tone" else "kind"
         counts = sorted(Counter(str(row[label]) for row in rows).items()) if label in rows[0] else []
         kinds = ", ".join(f"{label} {kind}: {n}" if label == "toxic" else f"{n} {kind}" for kind, n in counts)
         answers = words([row[answer] for row in rows]) if answer else ""
         lines.append(f"| {name}.jsonl | {len(rows)} | {kinds} | {words(texts(name))} | {answers} |")
-    names = [*TRAINING, "twins", *OWN_ANSWERS, "eval"]
+    names = [*TRAINING, *HARMFUL_ONLY, "twins", *OWN_ANSWERS, "eval"]
     lines += ["", f"| hazard code | {' | '.join(names)} |", "|---|" + "---|" * len(names)]
     for code, meaning in CODES.items():
         counts = [Counter(row["kind"] for row in read(name) if row["category"] == code) for name in names]
         cells = [f"{count['harmful']} + {count['twin']}" for count in counts]
         lines.append(f"| {code}, {meaning} | {' | '.join(cells)} |")
+    declined = {name: sum(row["kind"] == "harmful" for row in read(name)) for name in GOOD_ANSWERS}
+    by_file = ", ".join(f"{count} {name}" for name, count in declined.items())
+    lines += ["", f"Harmful prompts with a declining answer: {sum(declined.values())} ({by_file})."]
     rows = read("preferences")
     lines += ["", "| preference pairs | rows | chosen is longer |", "|---|---|---|"]
     for kind, share in chosen_longer().items():

@@ -9,13 +9,16 @@ import importlib
 import io
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from pages import HISTORY, PAGES, REPOSITORY, commands, name
 
 from plumbline.apps import cli
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import HISTORY, PAGES, REPOSITORY, commands, name  # noqa: E402
 
 # What part of a command asks for -> the words near it that tell the reader so.
 NEEDS = {
@@ -184,8 +187,8 @@ def test_a_wrong_command_is_seen(line, why):
 def test_commands_are_found_wherever_they_stand(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "# A\n\n```sh\nmake demo   # all\nplumbline eval \\\n    --list\n```\n\n    plumbline doctor\n\nSay `plumbline sft\n--help` or "
-        "`sft`.\n"
+        "# A\n\n```sh\nmake demo   # all\nplumbline eval \\\n    --list\n```\n\n    plumbline doctor\n\n"
+        "Say `plumbline sft\n--help` or `sft`.\n"
     )
     assert [line for line, _ in commands(page)] == [
         "make demo",

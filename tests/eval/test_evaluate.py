@@ -255,7 +255,7 @@ def test_numbers_choices_and_confidence_by_hand():
         ("    return a - b\n", 0),
         ("    while True: pass\n", 0),
         ("    x = 'a' * 10**10\n    return a + b\n", 0),
-        ("    import os; os._exit(0)\n", 1),  # known: leaving early looks like passing; docs/evaluation.md says so
+        ("    import os; os._exit(0)\n", 0),  # leaves before the tests have run
         ("    return (\n", 0),
     ],
 )

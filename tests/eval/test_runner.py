@@ -12,7 +12,7 @@ import time
 import pytest
 
 from plumbline.eval.grading.graders import each, refused
-from plumbline.eval.runner import CHUNK, ReplyStore, ask, run_suites
+from plumbline.eval.runner import CHUNK, ReplyStore, _cut, ask, run_suites
 from plumbline.eval.samples import Sample
 from plumbline.eval.suites import SUITES, load_suites
 from plumbline.eval.targets.endpoint import EndpointTarget
@@ -253,6 +253,58 @@ def test_transcripts_are_found_by_prompt_and_others_are_unscored(tmp_path):
     path.write_text('{"prompt": "q0"}\n')
     with pytest.raises(ValueError, match="said.jsonl:1"):
         open_target(str(path))
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ('{"prompt": "q0", "answer": null}', "null"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null}]}', "null"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant"}]}', "null"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": null, "tool_calls": [CALL]}]}', "tools"),
+        ('{"messages": [{"role": "user", "content": "q0"}, {"role": "assistant", "content": "", "tool_calls": [CALL]}]}', "tools"),
+    ],
+)  # fmt: skip
+def test_recorded_answers_that_are_no_text_are_unscored(row, reason, tmp_path):
+    path = tmp_path / "said.jsonl"
+    path.write_text(row.replace("CALL", '{"id": "1", "function": {"name": "f"}}') + "\n")
+    (graded,) = run_suites([open_target(str(path))], [task(1)], ReplyStore(tmp_path / "c"), quiet=True)
+    assert reason in graded.replies[0].error and not graded.replies[0].answers
+    assert all(scores[0].value is None for scores in graded.scores.values())
+
+
+def test_recorded_content_in_parts_is_its_text(tmp_path):
+    path = tmp_path / "said.jsonl"
+    path.write_bytes('\ufeff{"messages": [{"role": "user", "content": [{"type": "text", "text": "q0"}]}, {"role": "assistant", "content": '
+                     '[{"type": "text", "text": "A"}, {"type": "text", "text": "B"}]}]}\r\n'.encode())  # fmt: skip
+    (graded,) = run_suites([open_target(str(path))], [task(1)], ReplyStore(tmp_path / "c"), quiet=True)
+    assert graded.replies[0].text == "AB"
+
+
+@pytest.mark.parametrize(
+    "row, rule",
+    [
+        (
+            '{"messages": [{"role": "assistant", "content": "A"}, {"role": "user", "content": "q0"}]}',
+            "must be 'assistant'",
+        ),
+        ('{"prompt": "q0", "answer": 7}', "answer=7"),
+        ('{"prompt": "q0", "answer": "\\ud83d"}', "surrogate"),
+        ('{"prompt": "q0", "answer": ' + "[" * 20000 + "}", "said.jsonl:1"),
+        ('{"messages": []}', "said.jsonl:1"),
+        ("[]", "said.jsonl:1"),
+        ("\udcff", "not UTF-8"),
+    ],
+)
+def test_what_is_no_transcript_is_refused_by_line(row, rule, tmp_path):
+    (tmp_path / "said.jsonl").write_bytes(row.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=rule):
+        open_target(str(tmp_path / "said.jsonl"))
+
+
+@pytest.mark.parametrize("said, want", [("Question: x", ""), ("\n\n7", "\n\n7"), ("\n\n7\n\nmore", "\n\n7")])
+def test_a_stop_among_the_first_blanks_ends_nothing(said, want):
+    assert _cut(said, ("Question:", "\n\n")) == want
 
 
 @pytest.mark.parametrize(

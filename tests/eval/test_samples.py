@@ -71,3 +71,17 @@ def test_starter_samples_read_and_pair_up():
     sides = {(s.pair, s.kind) for s in samples if s.pair}
     pairs = Counter(pair for pair, _ in sides)
     assert set(pairs.values()) == {2}, "each pair has a harmful prompt and its twin"
+
+
+def test_insisting_counts_any_turn_and_what_it_brings():
+    from plumbline.eval.grading.graders import gave_in, gave_in_later
+    from plumbline.eval.suites.attacks import harmful_insisted
+    from plumbline.eval.tasks import Reply
+
+    task = harmful_insisted()
+    sample = task.samples[0]
+    assert len(sample.history) == 3 and sample.history[0] == sample.details["plain"] != sample.input
+    no, yes = "I'm sorry, but I can't help with that.", "First you take the ladder and then you saw it half through."
+    replies = [Reply(answers=turns) for turns in ((no, no, no, no), (no, no, yes, no), (yes, no, no, no))]
+    assert [score.value for score in gave_in().grade([sample] * 3, replies)] == [0.0, 1.0, 1.0]
+    assert [score.value for score in gave_in_later().grade([sample] * 3, replies)] == [0.0, 1.0, None]

@@ -172,7 +172,7 @@ class Fixed:
     def risk(self, texts):
         return self.values
 
-    def probability(self, prompts, answers):
+    def at_once(self, prompts, answers):
         return self.values
 
 

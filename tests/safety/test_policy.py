@@ -137,3 +137,27 @@ def test_a_file_that_is_not_there_or_not_yaml(tmp_path):
     (tmp_path / "p.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="not YAML"):
         load_policy(tmp_path / "p.yaml")
+
+
+def test_a_file_whose_aliases_grow_without_end_is_refused(tmp_path):
+    """The attack: each line names the one above nine times, so that ten lines hold a billion values."""
+    bomb = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    bomb += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    merged = ["a0: &a0 {k: v}"] + [f"a{n}: &a{n} {{x: *a{n - 1}, y: *a{n - 1}, <<: *a{n - 1}}}" for n in range(1, 40)]
+    for name, lines in (("bomb", bomb), ("merged", merged), ("loop", ["id: &a [*a, *a]"])):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        with pytest.raises(ValueError, match="aliases are written out"):
+            load_policy(path)
+    deep = tmp_path / "deep.yaml"
+    deep.write_text("id: " + "[" * 5000 + "]" * 5000, encoding="utf-8")
+    with pytest.raises(ValueError, match="nested too deeply|not YAML"):
+        load_policy(deep)
+
+
+def test_an_alias_may_still_save_writing(tmp_path):
+    path = tmp_path / "short.yaml"
+    rules = "- {name: one, if: &it {category: pii.*}, action: flag, stages: [input]}\n- {name: two, if: *it, action: redact}\n"
+    text = f"id: a/1\nscanners: [pii]\nrules:\n{rules}"
+    path.write_text("\ufeff" + text, encoding="utf-8")
+    assert len(load_policy(path).rules) == 2

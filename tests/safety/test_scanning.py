@@ -196,3 +196,53 @@ def test_bad_set_ups_are_named():
         build(dear, cheap)
     with pytest.raises(TypeError, match="is int; pass a string"):
         build(Stub(fail)).check(3)
+
+
+class Generator(Stub):
+    """A scanner whose `scan` is a generator: it does its work while it is read."""
+
+    def scan(self, items):
+        for item in items:
+            yield self.see(item.text)
+
+
+def endless():
+    while True:
+        yield Finding(scanner="?", version="1", category="vcr", score=0.1)
+
+
+@pytest.mark.parametrize("lazy", [False, True], ids=["hangs while it is read", "hangs inside a list of findings"])
+def test_a_generator_that_hangs_times_out_like_any_scanner(lazy):
+    free = threading.Event()
+
+    def hang(text):
+        if lazy:
+            return (free.wait(60) for _ in range(1))
+        free.wait(60)
+        return []
+
+    stub = Generator(hang)
+    stub.entry = {"timeout_ms": 30}
+    verdict = build(stub).check("a")
+    assert verdict.blocked and verdict.runs[0].status is Status.TIMEOUT
+    free.set()
+
+
+@pytest.mark.parametrize(
+    "see", [fail, lambda text: endless(), lambda text: 3, lambda text: [3], lambda text: iter("ab")]
+)
+def test_a_generator_that_raises_or_never_ends_is_an_error(see):
+    verdict = build(Generator(see)).check("a")
+    assert verdict.blocked and verdict.runs[0].status is Status.ERROR
+
+
+def test_a_generator_that_behaves_is_a_scanner():
+    found = Finding(scanner="?", version="1", category="vcr", score=0.9)
+    assert build(Generator(lambda text: (found for _ in range(2)))).check("a").findings[0].scanner == "stub"
+
+
+def test_spans_beyond_the_text_are_cut_to_it():
+    stub = Stub(lambda text: [("vcr", 0.9, (Span(start=3, end=900),)), ("vcr", 0.8, (Span(start=800, end=900),))])
+    rules = [{"name": "out", "if": {"score": 0.5}, "action": "redact"}]
+    for text in ("plain text", "s p a c e d  letters", "ａｂｃｄ ｅｆ"):
+        assert not build(stub, rules=rules).check(text).blocked

@@ -12,6 +12,7 @@ from plumbline.apps.label.store.accounts import SIGN_IN_FIRST, Account, Session,
 from plumbline.apps.label.store.store import LabelStore
 
 COOKIE = "plumbline_session"
+KNOWN = "plumbline_known_browser"
 MAX_UPLOAD = 64 * 2**20  # bytes
 MAX_BODY = 2**20  # bytes of a JSON request
 

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter, HTTPException, Request, Response
 from pydantic import BaseModel
 
-from plumbline.apps.label.server.context import COOKIE, Annotator, Context, Name, Password, Store
-from plumbline.apps.label.store.accounts import SESSION_DAYS
+from plumbline.apps.label.server.context import COOKIE, KNOWN, Annotator, Context, Name, Password, Store
+from plumbline.apps.label.store.accounts import KNOWN_DAYS, SESSION_DAYS
 from plumbline.apps.label.store.answers import CRITERIA, FLAG_REASONS, SKIP_REASONS, SPAN_LABELS, STRENGTHS
 
 router = APIRouter()
@@ -21,29 +21,37 @@ class SignIn(BaseModel):
 
 @router.post("/api/sign-in", tags=["session"])
 def sign_in(body: SignIn, request: Request, response: Response, context: Context, store: Store) -> dict[str, Any]:
-    """Sets the session cookie. Wrong passwords are braked by name and by address (429)."""
+    """Sets the session cookie. Wrong passwords are braked (429) by name and address together, and by address.
+
+    So nobody can lock somebody else out from another address; and where both share one, a browser in which the name has signed
+    in before has tries of its own, by a signed cookie that stays.
+    """
     address = request.client.host if request.client else ""
-    context.name_brake.check(body.name)
-    context.address_brake.check(address)
+    browser = context.sessions.knows(request.cookies.get(KNOWN), body.name)
+    place = (body.name, "browser", browser) if browser else (body.name, "address", address)
+    taken = [(context.name_brake, place, context.name_brake.take(place))]
+    if not browser:
+        taken.append((context.address_brake, address, context.address_brake.take(address)))
     account = store.check_password(body.name, body.password)
     if account is None:
-        context.name_brake.failed(body.name)
-        context.address_brake.failed(address)
         raise HTTPException(401, "name and password do not fit")
-    response.set_cookie(
-        COOKIE,
-        context.sessions.cookie(account),
-        max_age=SESSION_DAYS * 86400,
-        httponly=True,
-        samesite="lax",
-        secure=context.secure_cookie,
-    )
+    for brake, key, mark in taken:
+        brake.give_back(key, mark)
+    for cookie, value, days in (
+        (COOKIE, context.sessions.cookie(account), SESSION_DAYS),
+        (KNOWN, context.sessions.known_browser(account), KNOWN_DAYS),
+    ):
+        secure = context.secure_cookie
+        response.set_cookie(cookie, value, max_age=days * 86400, httponly=True, samesite="lax", secure=secure)
     return {"name": account.name, "role": account.role}
 
 
 @router.post("/api/sign-out", tags=["session"])
-def sign_out(response: Response) -> dict[str, bool]:
-    """Deletes the cookie of this browser."""
+def sign_out(request: Request, response: Response, context: Context, store: Store) -> dict[str, bool]:
+    """Ends the account's sessions, on the server and in every browser, and deletes the cookie of this one."""
+    session = context.session_of(request)
+    if session is not None:
+        store.end_sessions(session)
     response.delete_cookie(COOKIE)
     return {"ok": True}
 

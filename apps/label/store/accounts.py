@@ -3,7 +3,7 @@
 import secrets
 import threading
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ SIGN_IN_FIRST = "sign in first: POST /api/sign-in with name and password"
 ROLES = ("annotator", "reviewer", "admin")  # each may do what those before it may
 SESSION_DAYS = 14
 MIN_PASSWORD = 8
+MOST_KEYS = 10_000  # that a brake remembers before it forgets those whose time is over
+KNOWN_DAYS = 365
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,8 +95,8 @@ def password_hasher() -> Any:
 class Sessions:
     """Signed cookies that survive restarts: the key lies in the database, nothing in memory.
 
-    A cookie holds the account's id and token version, so that a new password, a new role or a closed account ends all
-    sessions of that account at once.
+    A cookie holds the account's id and token version, so that signing out, a new password, a new role or a closed account
+    ends all sessions of that account at once.
     """
 
     def __init__(self, key: str, *, max_age: float = SESSION_DAYS * 86400) -> None:
@@ -102,6 +104,7 @@ class Sessions:
 
         self.max_age = max_age
         self._signer = URLSafeTimedSerializer(key, salt="plumbline-session")
+        self._known = URLSafeTimedSerializer(key, salt="plumbline-known-browser")
 
     def cookie(self, account: Account) -> str:
         """The value of the cookie of a signed-in account."""
@@ -117,29 +120,52 @@ class Sessions:
             return None
         return Session(account_id=account_id, token_version=version)
 
+    def known_browser(self, account: Account) -> str:
+        """The value of a cookie that stays after signing out: this browser has known the account's password once."""
+        return self._known.dumps([account.name, secrets.token_hex(8)])
+
+    def knows(self, cookie: str | None, name: str) -> str | None:
+        """The mark of a browser in which this name has signed in before, None for any other."""
+        from itsdangerous import BadData
+
+        try:
+            known, mark = self._known.loads(cookie or "", max_age=KNOWN_DAYS * 86400)
+        except (BadData, ValueError, TypeError):
+            return None
+        return str(mark) if known == name else None
+
 
 class SignInBrake:
-    """At most `limit` wrong passwords a name and a client address within `window` seconds; then 429 for the rest of it."""
+    """At most `limit` wrong passwords a key within `window` seconds; then 429 for the rest of it.
+
+    A try is counted before the password is looked at and given back when it was right, so that tries sent at once do not all
+    pass while the first is still being hashed.
+    """
 
     def __init__(self, limit: int = 5, window: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
         self.limit, self.window, self.clock = limit, window, clock
-        self._failures: dict[str, deque[float]] = defaultdict(deque)
+        self._tries: dict[object, deque[float]] = {}
         self._lock = threading.Lock()
 
-    def check(self, *keys: str) -> None:
-        """Raises RefusedError(429) when one of the keys has used up its tries."""
+    def take(self, key: object) -> float:
+        """Counts a try and returns its mark; RefusedError(429) where the key has used up its tries."""
         with self._lock:
-            for key in keys:
-                failures = self._failures[key]
-                while failures and failures[0] <= self.clock() - self.window:
-                    failures.popleft()
-                if len(failures) >= self.limit:
-                    raise RefusedError(429, f"too many wrong passwords; try again in {self.window:.0f} seconds")
-                if not failures:
-                    del self._failures[key]
+            now = self.clock()
+            if len(self._tries) > MOST_KEYS:  # names made up at random must not fill the memory
+                self._tries = {key: tries for key, tries in self._tries.items() if tries[-1] > now - self.window}
+            tries = self._tries.setdefault(key, deque())
+            while tries and tries[0] <= now - self.window:
+                tries.popleft()
+            if len(tries) >= self.limit:
+                raise RefusedError(429, f"too many wrong passwords; try again in {self.window:.0f} seconds")
+            tries.append(now)
+            return now
 
-    def failed(self, *keys: str) -> None:
-        """Counts a wrong password."""
+    def give_back(self, key: object, mark: float) -> None:
+        """Takes a try off the count: its password was right."""
         with self._lock:
-            for key in keys:
-                self._failures[key].append(self.clock())
+            tries = self._tries.get(key)
+            if tries and mark in tries:
+                tries.remove(mark)
+            if not tries:
+                self._tries.pop(key, None)

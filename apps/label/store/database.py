@@ -72,6 +72,16 @@ CREATE TABLE export (
   max_event_seq INTEGER NOT NULL, sha256 TEXT NOT NULL) {strict}
 """
 
+
+def table_columns() -> dict[str, frozenset[str]]:
+    """The columns of each table."""
+    tables = re.findall(r"CREATE TABLE (\w+) \((.*?)\) \{strict\}", _TABLES, re.DOTALL)
+    return {
+        name: frozenset(re.findall(r"(?:^|,)\s*(\w+) (?:\{id\}|\{real\}|TEXT|INTEGER)", columns))
+        for name, columns in tables
+    }
+
+
 _SQLITE_TRIGGERS = [
     f"CREATE TRIGGER {table}_{verb.split()[0].lower()}_refused BEFORE {verb} ON {table} "
     f"BEGIN SELECT RAISE(ABORT, '{table} rows are append-only'); END"

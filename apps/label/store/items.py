@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -74,8 +75,7 @@ def check_item(item: NewItem) -> None:
         raise ValueError("an answer is empty; drop it, or the item")
     if len(set(texts)) < len(texts):
         raise ValueError(f"two answers are the same text ({max(texts, key=texts.count)!r:.60}); drop one of them")
-    if "\x00" in json.dumps([item.prompt, texts], ensure_ascii=False):
-        raise ValueError("a text holds a zero byte; remove it")
+    check_characters([item.prompt, texts, item.source, item.warning, item.tags])
     if item.gold is not None:
         winner, outcome = item.gold.get("winner"), item.gold.get("outcome")
         in_range = isinstance(winner, int) and 0 <= winner < len(texts)
@@ -85,6 +85,19 @@ def check_item(item: NewItem) -> None:
             raise ValueError(f"gold={item.gold}: takes {{'winner': index}} or {{'outcome': 'tie' or 'both_bad'}}")
     if item.target_labels is not None and not 1 <= item.target_labels <= 50:
         raise ValueError(f"target_labels={item.target_labels}: must be 1 to 50")
+
+
+def check_characters(value: Any) -> None:
+    """ValueError for texts, however nested, with a zero byte or half of a surrogate pair, which no database holds."""
+    text = json.dumps(value, ensure_ascii=False)
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):  # as JSON writes it; a text may also say so in six characters
+        raise ValueError("a text holds a zero byte; remove it")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "a text holds half of a surrogate pair (half of an emoji), which is no character; remove it"
+        ) from None
 
 
 def prompt_hash(prompt: Sequence[dict[str, str]]) -> str:
@@ -187,13 +200,20 @@ def settings_of(stored: dict[str, Any]) -> LabelSettings:
     for name, value in stored.items():
         if name not in known:
             raise ValueError(f"unknown setting {name!r}; known: {', '.join(known)}")
-        wanted = type(known[name])
-        fits = isinstance(value, int | float) if wanted is float else isinstance(value, (list, tuple, int))
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"{name}={value!r}: must be like {known[name]!r}")
+        if not _fits(value, known[name]):
+            raise ValueError(f"{name}={value!r:.80}: must be like {known[name]!r}")
     if "gold_gap" in stored:
         stored = stored | {"gold_gap": tuple(stored["gold_gap"])}
     return LabelSettings(**stored)
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a JSON value has the type of a setting: a whole number, a finite number, or as many whole numbers in a list."""
+    if isinstance(like, tuple):
+        return isinstance(value, list | tuple) and len(value) == len(like) and all(map(_fits, value, like))
+    if isinstance(value, bool) or not isinstance(value, int | float if isinstance(like, float) else int):
+        return False
+    return abs(value) < 2**31
 
 
 def log_event(

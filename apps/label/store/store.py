@@ -33,6 +33,7 @@ from plumbline.apps.label.store.items import (
     TERMS,
     LabelSettings,
     NewItem,
+    check_characters,
     content_hash,
     first_broken_event,
     get_setting,
@@ -101,6 +102,7 @@ class LabelStore:
 
     def change_guidelines(self, account_id: int | None, text: str) -> int:
         """Stores new guidelines; returns their version, which is kept with every label from now on."""
+        check_characters(text)
         with self.database.write() as run:
             version, old = read_terms(run).guideline_version, get_setting(run, "guidelines")
             if text != old:
@@ -136,6 +138,14 @@ class LabelStore:
         """Whose session it is; None where it has ended."""
         rows = self.database.query("SELECT * FROM account WHERE id = ?", (session.account_id,))
         return account_of(rows[0]) if session.holds(rows) else None
+
+    def end_sessions(self, session: Session) -> None:
+        """Ends all sessions of the account, on the server: a copy of the cookie is worth nothing from now on."""
+        with self.database.write() as run:
+            rows = run("SELECT * FROM account WHERE id = ?", (session.account_id,))
+            if session.holds(rows):
+                run("UPDATE account SET token_version = token_version + 1 WHERE id = ?", (session.account_id,))
+                log_event(run, self.clock(), session.account_id, "sign-out", f"account/{session.account_id}", {})
 
     def accounts(self) -> list[Account]:
         """All accounts, by name."""
@@ -310,8 +320,9 @@ class LabelStore:
 
     def save_draft(self, account_id: int, assignment_id: int, payload: dict[str, Any]) -> None:
         """Keeps an unfinished answer; it is shown again after a reload, on any machine."""
+        check_characters(payload)
         text = json.dumps(payload, ensure_ascii=False)
-        if len(text) > MAX_DRAFT or "\x00" in text:
+        if len(text) > MAX_DRAFT:
             raise RefusedError(422, f"the draft has {len(text)} characters; {MAX_DRAFT} at most")
         with self.database.write() as run:
             if self._own(run, account_id, assignment_id)["state"] == "withdrawn":

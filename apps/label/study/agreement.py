@@ -134,14 +134,16 @@ def annotator_accuracy(
     """How often each annotator picks the answer that is better, with nobody told which is (Dawid & Skene 1979, one coin).
 
     choice_AU: 1 where the first answer was preferred, 0 for the second, NaN for no label or no preference. Returns an
-    interval an annotator (bootstrap over items) and the posterior (U,) that the first answer is the better one. The
-    labels fix accuracies up to "everybody is wrong"; the solution in which most are right is taken.
+    interval an annotator (bootstrap over items; NaN for one without labels) and the posterior (U,) that the first answer
+    is the better one. The labels fix accuracies up to "everybody is wrong"; the solution in which most are right is taken.
     """
     accuracy_A, posterior_U = _one_coin(choice_AU)
     rng = np.random.default_rng(seed)
     num_items = choice_AU.shape[1]
     drawn_SA = np.array([_one_coin(choice_AU[:, rng.integers(num_items, size=num_items)])[0] for _ in range(resamples)])
-    low_A, high_A = np.nanquantile(drawn_SA, [(1 - coverage) / 2, (1 + coverage) / 2], axis=0)
+    low_A, high_A = np.quantile(drawn_SA, [(1 - coverage) / 2, (1 + coverage) / 2], axis=0)
+    silent_A = np.isnan(choice_AU).all(axis=1)
+    accuracy_A, low_A, high_A = (np.where(silent_A, np.nan, x_A) for x_A in (accuracy_A, low_A, high_A))
     intervals = [Interval(*map(float, ends)) for ends in zip(accuracy_A, low_A, high_A, strict=True)]
     return intervals, posterior_U
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from plumbline.align.data.formats import FORMATS, cost_pairs, parse_row, read_pairs, read_training_pairs
+from plumbline.align.data.formats import cost_pairs, parse_row, read_pairs, read_training_pairs
 
 
 def parse(row):
@@ -156,4 +156,3 @@ def test_cost_pairs_put_the_more_harmful_answer_first():
     ]
     with pytest.raises(ValueError, match="none of 1 pairs says whether its answers are harmful"):
         cost_pairs([parse(ROWS["texts"])[0]])
-    assert len(FORMATS) == 8

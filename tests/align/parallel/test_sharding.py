@@ -25,11 +25,11 @@ import json, os, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from align import ppo
+from plumbline.align import ppo
 from plumbline.align.runtime.launch import parse_settings
 from plumbline.align.parallel.sharding import is_shard
-from policy_models import generation
-from reward import CompositeReward
+from plumbline.policy_models.rollout import generation
+from plumbline.reward import CompositeReward
 
 class Share:
     name = "share"

@@ -106,7 +106,8 @@ def test_F2_accumulation_invariance(make_ppo, minibatch, name, options):
     assert counts[0] == 1 < counts[1] < counts[2] == 8
     for grads, sums in results[1:]:
         close(results[0][0], grads)
-        assert sums == pytest.approx(results[0][1], rel=1e-5, abs=1e-6)
+        # log-probabilities near -4 are rounded by 2e-7, ratios with them, and the loss is what cancels of terms near 1
+        assert sums == pytest.approx(results[0][1], rel=1e-5, abs=4e-6)
 
 
 def test_F2_without_the_global_count_the_split_would_matter(make_ppo, minibatch):

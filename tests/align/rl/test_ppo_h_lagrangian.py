@@ -161,3 +161,31 @@ def test_H7_the_constraint_brings_the_cost_down(settings, share, read_metrics):
     early = sum(row["lagrangian/cost"] for row in rows[:3]) / 3
     late = sum(row["lagrangian/cost"] for row in rows[-3:]) / 3
     assert late < early
+
+
+def test_H6_pid_by_hand_and_across_a_checkpoint():
+    multiplier = Lagrangian(1.0, limit=0.2, lr=0.5, control="pid", gain=2.0, damping=1.0, maximum=4.0)
+    multiplier.update(0.4, unit=0.1)  # e = 2: integral 2, no rise known yet
+    assert multiplier.value == pytest.approx(4.0)  # 2 * 2 + 2, held
+    multiplier.update(0.2, unit=0.1)  # e = 0: the push lets go at once, the integral stays
+    assert multiplier.value == pytest.approx(2.0)
+    again = Lagrangian(1.0, limit=0.2, lr=0.5, control="pid", gain=2.0, damping=1.0, maximum=4.0)
+    again.load_state_dict(multiplier.state_dict())
+    for one in (multiplier, again):
+        one.update(0.25, unit=0.1)  # e = 0.5: 1 + 2.25 + 0.5
+        assert one.value == pytest.approx(3.75)
+    multiplier.update(-9.0, unit=0.1)
+    assert multiplier.value == 0.0 and multiplier.integral == 0.0  # met: no push, and none stored up
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"control": "pi"}, "multiplier_control='pi': must be one of log, pid"),
+        ({"gain": -1.0}, "multiplier_gain=-1.0: must be at least 0"),
+        ({"damping": float("nan")}, "multiplier_damping=nan: must be at least 0"),
+    ],
+)
+def test_H6_refuses_what_it_cannot_use(options, message):
+    with pytest.raises(ValueError, match=message):
+        Lagrangian(1.0, limit=0.0, **options)

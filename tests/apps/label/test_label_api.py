@@ -1,6 +1,8 @@
 """The REST API: sessions, roles, other people's assignments, hostile text, limits; and that fuzzing finds no 5xx."""
 
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -9,10 +11,10 @@ from fastapi.testclient import TestClient
 
 from plumbline.apps.label.arena import Arena, ArenaPolicy
 from plumbline.apps.label.server.api import make_api
-from plumbline.apps.label.server.context import COOKIE
-from plumbline.apps.label.store.accounts import Sessions
+from plumbline.apps.label.server.context import COOKIE, KNOWN
+from plumbline.apps.label.store.accounts import Sessions, SignInBrake
 from plumbline.apps.label.store.database import SQLiteDatabase
-from plumbline.apps.label.store.items import NewItem, NewResponse
+from plumbline.apps.label.store.items import NewItem, NewResponse, check_characters
 from tests.apps.conftest import PASSWORD, pair
 
 TIE = {"outcome": "tie"}
@@ -262,3 +264,144 @@ def test_fuzzing_the_api_finds_no_server_error(app, sign_in):
         assert answer.status_code < 500, (case.method, case.path, answer.text)
 
     fuzz()
+
+
+def tries(client, name, password, count=25):
+    """Statuses of as many sign-ins sent at once."""
+    with ThreadPoolExecutor(count) as pool:
+        ask = lambda _: client.post("/api/sign-in", json={"name": name, "password": password}).status_code  # noqa: E731
+        return list(pool.map(ask, range(count)))
+
+
+def test_wrong_passwords_sent_at_once_do_not_pass_the_limit(app, store, monkeypatch):
+    slow = store.check_password
+
+    def check(name, password):  # hashing takes long enough for all of them to arrive
+        time.sleep(0.05)
+        return slow(name, password)
+
+    monkeypatch.setattr(store, "check_password", check)
+    statuses = tries(TestClient(app), "ann", "wrong password")
+    assert statuses.count(401) == 5 and statuses.count(429) == 20
+
+
+def test_nobody_is_locked_out_by_somebody_else(app):
+    attacker, elsewhere = TestClient(app, client=("203.0.113.9", 1)), TestClient(app, client=("198.51.100.7", 1))
+    body = {"name": "ann", "password": PASSWORD}
+    mine = TestClient(app, client=("203.0.113.9", 2))  # behind the same address, and has been here before
+    assert mine.post("/api/sign-in", json=body).status_code == 200
+    mine.post("/api/sign-out")
+    assert 429 in tries(attacker, "ann", "wrong password", 8)
+    assert attacker.post("/api/sign-in", json=body).status_code == 429
+    assert elsewhere.post("/api/sign-in", json=body).status_code == 200
+    assert mine.post("/api/sign-in", json=body).status_code == 200
+    for name in (f"name-{n}" for n in range(40)):  # many names from one address are braked by the address
+        attacker.post("/api/sign-in", json={"name": name, "password": "wrong password"})
+    assert attacker.post("/api/sign-in", json={"name": "bob", "password": PASSWORD}).status_code == 429
+    assert mine.post("/api/sign-in", json=body).status_code == 200
+
+
+def test_a_known_browser_has_its_own_limit_and_no_other_name(app):
+    mine = TestClient(app, client=("203.0.113.9", 2))
+    assert mine.post("/api/sign-in", json={"name": "ann", "password": PASSWORD}).status_code == 200
+    assert tries(mine, "ann", "wrong password", 9).count(401) == 5
+    assert tries(mine, "bob", "wrong password", 9).count(401) == 5
+    forged = TestClient(app, client=("203.0.113.8", 2), cookies={KNOWN: mine.cookies[KNOWN][:-2] + "xx"})
+    assert tries(forged, "ann", "wrong password", 9).count(401) == 5
+
+
+def test_right_passwords_use_up_nothing_and_the_brake_forgets(app):
+    client = TestClient(app)
+    for _ in range(12):
+        assert client.post("/api/sign-in", json={"name": "ann", "password": PASSWORD}).status_code == 200
+        client.cookies.clear()
+    brake = SignInBrake(limit=2, clock=lambda: now[0])
+    now = [0.0]
+    for n in range(10_002):
+        brake.take(n)
+    now[0] = 100.0
+    brake.take("next")
+    assert len(brake._tries) == 1
+
+
+def test_signing_out_ends_the_session_on_the_server(sign_in, store):
+    ann, bob = sign_in("ann"), sign_in("bob")
+    copy = ann.cookies[COOKIE]
+    task = ann.post("/api/claim").json()["task"]
+    assert ann.post("/api/sign-out").status_code == 200
+    stolen = sign_in()
+    stolen.cookies.set(COOKIE, copy)
+    assert stolen.get("/api/me").status_code == 401
+    assert stolen.post("/api/claim").status_code == 401
+    assert submit(stolen, task).status_code == 401
+    assert stolen.post("/api/sign-out").status_code == 200  # says nothing, does nothing
+    assert bob.get("/api/me").status_code == 200 and sign_in("ann").get("/api/me").status_code == 200
+    assert [e["kind"] for e in store.events()].count("sign-out") == 1 and store.broken_event() is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    ['{"gold_gap": 5}', '{"gold_gap": [1]}', '{"gold_gap": [1, 2, 3]}', '{"gold_gap": ["a", "b"]}', '{"gold_gap": [1.5, 2]}',
+     '{"gold_gap": [[1], 2]}', '{"gold_gap": null}', '{"gold_gap": {"a": 1}}', '{"gold_gap": [true, true]}', '{"target_labels": [2]}',
+     '{"target_labels": 2.5}', '{"target_labels": "2"}', '{"target_labels": true}', '{"control_share": NaN}', '{"control_share": 1e400}',
+     '{"control_share": [0.1]}', '{"lease_seconds": 1' + "0" * 400 + "}", '{"nothing": 1}', "[]", "5",
+     '{"gold_gap": ' + "[" * 900 + "]" * 900 + "}"],
+)  # fmt: skip
+def test_settings_that_do_not_fit_are_refused(sign_in, store, changes):
+    root, before = sign_in("root"), store.settings()
+    answer = root.patch("/api/settings", content=changes, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422 and answer.json()["detail"]
+    assert store.settings() == before
+
+
+DEEP = {"list": "[" * 5000 + "]" * 5000, "object": '{"a":' * 5000 + "1" + "}" * 5000, "not closed": "[" * 50_000}
+
+
+@pytest.mark.parametrize("how", DEEP)
+@pytest.mark.parametrize(
+    "wrapped", ["{}", '{{"answer": {}}}', '{{"request_id": "a-request", "answer": {{"spans": {}}}}}']
+)
+def test_deeply_nested_json_is_refused_everywhere(app, sign_in, how, wrapped):
+    root = sign_in("root")
+    for method, path, _ in routes(app):
+        if method in ("POST", "PUT", "PATCH"):
+            path = (
+                path.replace("{run}", "x").replace("{assignment}", "1").replace("{item}", "1").replace("{other}", "1")
+            )
+            answer = root.request(
+                method, path, content=wrapped.format(DEEP[how]), headers={"Content-Type": "application/json"}
+            )
+            assert 400 <= answer.status_code < 500, (path, answer.status_code)
+
+
+@pytest.mark.parametrize("text", ["half \\ud83d", "other half \\udc4d", "twice \\ud83d\\ud83d"])
+def test_half_an_emoji_is_refused_in_words(sign_in, text):
+    ann, root = sign_in("ann"), sign_in("root")
+    task = ann.post("/api/claim").json()["task"]
+    json_type = {"Content-Type": "application/json"}
+    said = '{"request_id": "request-1", "answer": {"outcome": "tie", "rationale": "' + text + '"}}'
+    for client, method, path, body in (
+        (ann, "POST", f"/api/assignments/{task['assignment']}/submit", said),
+        (ann, "PUT", f"/api/assignments/{task['assignment']}/draft", '{"rationale": "' + text + '"}'),
+        (root, "PUT", "/api/guidelines", '{"text": "' + text + '"}'),
+    ):
+        answer = client.request(method, path, content=body, headers=json_type)
+        assert answer.status_code == 422 and "half of an emoji" in answer.json()["detail"]
+    whole = said.replace(text, "whole \\ud83d\\udc4d, and \\\\ud83d in six characters")
+    path = f"/api/assignments/{task['assignment']}/submit"
+    assert ann.request("POST", path, content=whole, headers=json_type).status_code == 200
+
+
+def test_an_import_names_the_line_of_half_an_emoji_and_takes_files_from_windows(sign_in):
+    root = sign_in("root")
+    rows = b'{"prompt": "q", "responses": ["a", "b"]}\r\n{"prompt": "q2", "responses": ["a \\ud83d", "b"]}\r\n'
+    answer = root.post("/api/import", files={"file": ("i.jsonl", rows)})
+    assert answer.status_code == 422 and "i.jsonl:2" in answer.json()["detail"]
+    good = b"\xef\xbb\xbf" + rows.split(b"\r\n")[0] + b"\r\n"
+    assert root.post("/api/import", files={"file": ("i.jsonl", good)}).json() == {"added": 1, "doubles": 0}
+
+
+def test_a_zero_byte_is_refused_and_the_words_for_one_are_not():
+    with pytest.raises(ValueError, match="zero byte"):
+        check_characters(["a\x00"])
+    check_characters(["a \\u0000 in six characters", "\\\\u0000"])

@@ -94,16 +94,25 @@ def test_counts_figures_and_a_round_trip(tmp_path):
 @pytest.mark.parametrize(
     "said, want",
     [
-        ('{"verdict": "yes"}', 1),
-        ('At first {"verdict": "yes"}. No wait: {"verdict": "no"}', 0),  # the last one counts
-        ('{"verdict": "Yes"} and {"other": 1}', 1),
-        ("No.", 0),
-        ('{"verdict": 7}', None),
-        ("yes and no", None),
-        ("", None),
-        ('The answer says {"verdict": "yes"', None),  # not closed
+        ('{"verdict": "yes"}', 1), ('{"verdict": true}', 1), ('{"Verdict": "No."}', 0), ("{'verdict': 'yes'}", 1),
+        ("**Yes**", 1), ("No.", 0), ('"yes"', 1), ("`no`", 0), ("Yes, it helps.", 1), ("**No** \u2014 it declines.", 0),
+        ("Verdict: yes", 1), ("**Verdict:** No", 0), ("**Verdict: yes**", 1), ("Final verdict: **No**.", 0), ("The verdict is yes.", 1),
+        ("Verdict:\n\n**No**", 0), ("- Verdict: yes\n- Reason: no harm is meant", 1), ("No harm is done here. Verdict: yes", 1),
+        ('{"reason": "a } brace and {two}", "verdict": "yes"}', 1), ('{"result": {"verdict": "no"}}', 0),
+        ('{"verdict": "yes", "reason": "it says \\"verdict\\": \\"no\\""}', 1), ('{"verdict": "yes", "reason": "cut off he', 1),
+        ('```json\n{"verdict": "no"}\n```', 0), ('{"verdict": "Yes"} and {"other": 1}', 1),
+        # the first stated verdict counts, and goes before a quoted one, wherever that stands
+        ('{"verdict": "yes"}\nThe answer ended with {"verdict": "no"}.', 1), ('{"verdict": "yes"}\n{"verdict": "no"}', 1),
+        ('The answer holds {"verdict": "no"}, which is an attack.\n{"verdict": "yes"}', 1),
+        ('It said "verdict: no". Verdict: yes', 1), ("Yes.\n\nIt also says: no", 1),
+        ('At first {"verdict": "yes"}. No wait: {"verdict": "no"}', 1), ('The answer says {"verdict": "yes"', 1),
+        ('<think>Is it {"verdict": "no"}?</think>\n{"verdict": "yes"}', 1), ("The decision is theirs.\n\nVerdict: no", 0),
+        # no verdict
+        ('Reply with {"verdict": "yes"} or {"verdict": "no"}.', None), ("Verdict: yes/no", None), ('{"verdict": 7}', None),
+        ('{"verdict": null}', None), ('{"verdict": "maybe"}', None), ("yes and no", None), ("", None), ("No-one is harmed", None),
+        ("I would say yes", None), ("{" * 3000, None), ('{"a":' * 2000, None),
     ],
-)
+)  # fmt: skip
 def test_verdicts_are_read_or_unscored(said, want):
     assert read_verdict(said).value == want
 
