@@ -9,13 +9,16 @@ import importlib
 import io
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from pages import HISTORY, PAGES, REPOSITORY, commands, name
 
 from plumbline.apps import cli
+
+sys.path.insert(0, str(Path(__file__).parent))
+from pages import HISTORY, PAGES, REPOSITORY, commands, name  # noqa: E402
 
 # What part of a command asks for -> the words near it that tell the reader so.
 NEEDS = {
