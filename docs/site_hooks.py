@@ -28,7 +28,9 @@ def public_names(package: str) -> dict[str, str]:
 def api_page(package: str) -> str:
     """Markdown that mkdocstrings fills."""
     doc = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))) or ""
-    names = "\n\n".join(f"::: plumbline.{package}.{module}.{name}" for name, module in sorted(public_names(package).items()))
+    names = "\n\n".join(
+        f"::: plumbline.{package}.{module}.{name}" for name, module in sorted(public_names(package).items())
+    )
     return f"# plumbline.{package}\n\n{doc}\n\n{names}\n"
 
 

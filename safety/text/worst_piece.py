@@ -20,6 +20,8 @@ from plumbline.safety.embedder.embedding import Embedder, Windows
 from plumbline.safety.findings import Span
 
 LONG = 500  # characters, some 120 tokens
+_ADDRESS = re.compile(r"[^\s@]{1,64}@[^\s@]{1,255}|https?://\S{1,2000}")
+_DOT_INSIDE = re.compile(r"[.!?](?=\w)")
 
 
 class Worst(NamedTuple):
@@ -94,8 +96,9 @@ def shared(p: np.ndarray, n: np.ndarray) -> np.ndarray:
 def sentences(text: str) -> list[Span]:
     """Sentences of a text with more than one; pieces under three words ("You fool.") stay with what follows them.
 
-    A text of one sentence gives an empty list: it is its own sentence.
+    A text of one sentence gives an empty list: it is its own sentence. The dots of an e-mail or web address end none.
     """
+    text = _ADDRESS.sub(lambda found: _DOT_INSIDE.sub("_", found.group()), text)  # as long as before
     spans: list[Span] = []
     start, words = None, 0
     for found in re.finditer(r"[^.!?\n]*(?:[.!?]+|\n|$)", text):

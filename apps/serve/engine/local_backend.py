@@ -132,7 +132,9 @@ class LocalGeneration:
         """Frees the rows; harmless when the job is over."""
         self.scheduler.cancel(self.job)
 
-    def __del__(self) -> None:  # a client that left before anybody iterated; without a lock, since a collector may call it anywhere
+    def __del__(
+        self,
+    ) -> None:  # a client that left before anybody iterated; without a lock, since a collector may call it anywhere
         self.job.cancelled = True
 
 
