@@ -23,6 +23,7 @@ PAGE = ROOT / "docs" / "run_folders.md"
 BEGIN, END = "<!-- settings: begin -->", "<!-- settings: end -->"
 COMMANDS = {  # command -> (module, class of its settings, TRL's settings that it takes besides)
     "upcycle": ("plumbline.apps.commands.upcycle", "UpcycleSettings", ""),
+    "self-answers": ("plumbline.align.self_answers", "SelfAnswerSettings", ""),
     "sft": ("plumbline.align.sft", "SFTSettings", "SFTConfig"),
     "reward-model": ("plumbline.align.reward_model", "RewardModelSettings", "RewardConfig"),
     "ppo": ("plumbline.align.rl.settings", "PPOSettings", ""),
