@@ -39,13 +39,16 @@ def on_files(files: Files, config: Any) -> Files:
     files.append(File.generated(config, "index.md", content=(ROOT / "README.md").read_text(encoding="utf-8")))
     for package in PACKAGES:
         files.append(File.generated(config, f"api/{package}.md", content=api_page(package)))
-    pages = [(file.src_uri, file.content_string) for file in list(files) if file.src_uri.endswith(".md")]
-    for uri, text in pages:
+    todo = [(file.src_uri, file.content_string) for file in list(files) if file.src_uri.endswith(".md")]
+    while todo:  # a page that comes along may link to further files
+        uri, text = todo.pop()
         for _, target, _ in _LINK.findall(text):
             outside = outside_docs(uri, target)
-            if outside and files.get_file_from_path(f"source/{outside}") is None:
-                name = f"source/{outside}"
-                files.append(File.generated(config, name, abs_src_path=str(ROOT / outside)))
+            if not outside or outside == "README.md" or files.get_file_from_path(f"source/{outside}"):
+                continue
+            files.append(File.generated(config, f"source/{outside}", abs_src_path=str(ROOT / outside)))
+            if outside.endswith(".md"):
+                todo.append((f"source/{outside}", (ROOT / outside).read_text(encoding="utf-8")))
     return files
 
 
