@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from plumbline.policy_models.rollout.decoder import Decoder, _DenseMLP, _Linears, _stacked_lora, _unwrapped
 
 Adapter = str | None  # None: the base model
+_PAD_TO = 16  # tokens read at a time, filled up: on a CPU oneDNN compiles a product anew for every number of rows
 
 
 @dataclass(eq=False)
@@ -98,17 +99,21 @@ class JoiningDecoder(Decoder):
     def extend(self, work: Sequence[tuple[Staged, int]]) -> list[Tensor | None]:
         """Reads the next n tokens of each; logits (V,) after the last token of those that are then done, else None."""
         spans = [(staged, slice(staged.done, staged.done + n)) for staged, n in work]
-        ids_T = torch.tensor([token for staged, span in spans for token in staged.ids[span]], device=self.device)
-        position_T = torch.cat([torch.arange(span.start, span.stop) for _, span in spans]).to(self.device)
+        padding = -sum(n for _, n in work) % _PAD_TO
+        ids = [token for staged, span in spans for token in staged.ids[span]] + [0] * padding
+        ids_T = torch.tensor(ids, device=self.device)
+        positions = [torch.arange(span.start, span.stop) for _, span in spans]
+        position_T = torch.cat([*positions, torch.zeros(padding, dtype=torch.long)]).to(self.device)
         cos_T1C, sin_T1C = self._cos_SC[position_T, None], self._sin_SC[position_T, None]
         ends = torch.tensor([n for _, n in work]).cumsum(0).tolist()
         tokens = [slice(end - n, end) for end, (_, n) in zip(ends, work, strict=True)]
-        self._groups.set([s.adapter for s, n in work for _ in range(n)], self.device)
+        adapters = [s.adapter for s, n in work for _ in range(n)]
+        self._groups.set(adapters + adapters[-1:] * padding, self.device)
 
         x_TD = self._embedding[ids_T].to(self.dtype)
         for at, layer in enumerate(self._layers):
             qk, v_TGC = self._project(layer, x_TD, cos_T1C, sin_T1C)
-            out_THC = torch.empty_like(qk[:, : self._num_heads])
+            out_THC = torch.zeros_like(qk[:, : self._num_heads])
             for (staged, span), mine in zip(spans, tokens, strict=True):
                 keys, values = (store[at] for store in staged.of)
                 keys[:, span] = qk[mine, self._num_heads :].transpose(0, 1)

@@ -334,5 +334,5 @@ def test_a_run_folder_is_served_as_it_was_trained(tmp_path):
         merged, [tokenizer("Hello there")["input_ids"]], max_new_tokens=12, stop_ids=[2], pad_id=0, temperature=0.0
     )
     assert run(asked()) == [tokenizer.decode(want.ids, skip_special_tokens=True)] * 2
-    with pytest.raises(ValueError, match="holds no model/ and no config.json"):
+    with pytest.raises(ValueError, match="a folder without a model; did you mean"):
         load_local(str(tmp_path), {})
