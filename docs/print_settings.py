@@ -27,7 +27,6 @@ COMMANDS = {  # command -> (module, class of its settings, TRL's settings that i
     "sft": ("plumbline.align.sft", "SFTSettings", "SFTConfig"),
     "reward-model": ("plumbline.align.reward_model", "RewardModelSettings", "RewardConfig"),
     "ppo": ("plumbline.align.rl.settings", "PPOSettings", ""),
-    "self-answers": ("plumbline.align.self_answers", "SelfAnswerSettings", ""),
     "sample-pairs": ("plumbline.align.sample_pairs", "PairSettings", ""),
     "dpo": ("plumbline.align.dpo", "DPOSettings", "DPOConfig"),
     "demo": ("plumbline.apps.demo", "DemoSettings", ""),
