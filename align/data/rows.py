@@ -20,7 +20,7 @@ __all__ = [
     "PreferencePair",
     "last_user_text",
     "read_preferences",
-    "read_prompt_kinds",
+    "prompts_with_kinds",
     "read_prompts",
     "read_rows",
     "read_sft",
@@ -82,13 +82,14 @@ def _asks_tools(place: str, row: Row, prompt: Messages) -> bool:
     return tools_of(place, row) is not None or any(m.get("tool_calls") or m["role"] == "tool" for m in prompt)
 
 
-def read_prompt_kinds(source: str | Path, *, split: str = "train") -> list[str | None]:
-    """The field `kind` of each prompt that `read_prompts` gives, None where there is none."""
-    kinds = []
+def prompts_with_kinds(source: str | Path, *, split: str = "train") -> list[tuple[Messages, str | None]]:
+    """The prompts that `read_prompts` gives, each with the field `kind` of its row, None where there is none. Says nothing."""
+    labelled = []
     for place, row in read_rows(source, split=split):
-        if not _asks_tools(place, row, read_prompt(place, row)[0]):
-            kinds.append(row["kind"] if isinstance(row.get("kind"), str) else None)
-    return kinds
+        prompt, _ = read_prompt(place, row)
+        if not _asks_tools(place, row, prompt):
+            labelled.append((prompt, row["kind"] if isinstance(row.get("kind"), str) else None))
+    return labelled
 
 
 def split_pairs(pairs: Sequence[PreferencePair], every: int) -> tuple[list[PreferencePair], list[PreferencePair]]:

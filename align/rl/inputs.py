@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from plumbline.align.data.rows import Messages, last_user_text, read_prompt_kinds, read_prompts
+from plumbline.align.data.rows import Messages, last_user_text, prompts_with_kinds, read_prompts
 from plumbline.align.models.actors import Actors
 from plumbline.align.rl.settings import PPOSettings
 from plumbline.align.runtime.launch import pick_dtype
@@ -23,7 +23,7 @@ def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messa
     """
     source = data_source(settings.prompts_file)
     prompts = read_prompts(source)
-    kinds = set(read_prompt_kinds(source))
+    kinds = {kind for _, kind in prompts_with_kinds(source)} if settings.kind_shares else set()
     for kind, share in (settings.kind_shares or {}).items():
         if share and kind not in kinds:
             raise ValueError(
@@ -37,8 +37,8 @@ def read_prompt_files(settings: PPOSettings) -> tuple[list[Messages], list[Messa
 
 def kinds_of(settings: PPOSettings, prompts: Sequence[Messages], kept: Sequence[Messages]) -> list[str | None]:
     """The kinds of those prompts of the settings' file (`prompts`, all of them) that were kept."""
-    kinds = read_prompt_kinds(data_source(settings.prompts_file))
-    of_prompt = {id(prompt): kind for prompt, kind in zip(prompts, kinds, strict=True)}
+    labelled = prompts_with_kinds(data_source(settings.prompts_file))
+    of_prompt = {id(prompt): kind for prompt, (_, kind) in zip(prompts, labelled, strict=True)}
     return [of_prompt[id(prompt)] for prompt in kept]
 
 
@@ -46,10 +46,9 @@ def known_harm(settings: PPOSettings) -> dict[str, float]:
     """Risk by the text of each training prompt whose row says its kind; {} with `trust_kinds` false."""
     if not settings.trust_kinds:
         return {}
-    source = data_source(settings.prompts_file)
     return {
         last_user_text(prompt): KIND_RISK[kind]
-        for prompt, kind in zip(read_prompts(source), read_prompt_kinds(source), strict=True)
+        for prompt, kind in prompts_with_kinds(data_source(settings.prompts_file))
         if kind in KIND_RISK
     }
 

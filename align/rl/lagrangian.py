@@ -9,6 +9,7 @@ B answers, R answer positions.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Lagrangian:
     gain: float = 1.0
     damping: float = 0.0
     integral: float = math.nan
-    last: float = math.nan
+    last: float | None = None  # the error before
 
     def __post_init__(self) -> None:
         if not 0 < self.value <= self.maximum:
@@ -61,7 +62,7 @@ class Lagrangian:
         if self.control == "pid":
             error = (mean_cost - self.limit) / unit
             self.integral = min(max(self.integral + self.lr * error, 0.0), self.maximum)
-            rise = 0.0 if math.isnan(self.last) else max(error - self.last, 0.0)
+            rise = 0.0 if self.last is None else max(error - self.last, 0.0)
             self.value = min(max(self.gain * error + self.integral + self.damping * rise, 0.0), self.maximum)
             self.last = error
             return
@@ -73,12 +74,12 @@ class Lagrangian:
         """(A_reward - value * A_cost) / (1 + value): of the size of one advantage, however large the multiplier."""
         return (adv_BR - self.value * cost_adv_BR) / (1.0 + self.value)
 
-    def state_dict(self) -> dict[str, float]:
+    def state_dict(self) -> dict[str, float | None]:
         """What changes during a run; the rest are settings."""
         return {"value": self.value, "integral": self.integral, "last": self.last}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up the multiplier where the checkpoint left it."""
         self.value = state["value"]
         self.integral = state.get("integral", self.value)  # a checkpoint of before there was one
-        self.last = state.get("last", math.nan)
+        self.last = state.get("last")
