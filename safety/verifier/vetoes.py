@@ -204,7 +204,10 @@ def _quantity(kind: str, value: float, start: int, end: int, text: str) -> Quant
 
 def same(a: Quantity, b: Quantity) -> bool:
     """Equal up to rounding, or to 5 % where either says "about"; a bare number equals one with a unit."""
-    if a.kind != b.kind and ("plain" not in (a.kind, b.kind) or "clock" in (a.kind, b.kind)):
+    if {a.kind, b.kind} == {"plain", "clock"}:  # "opens **at 9**" beside "at 9": a bare number may be an hour
+        hour, clock = (a, b) if b.kind == "clock" else (b, a)
+        return (hour.value * 60 - clock.value) % (720 if clock.about else 1440) == 0
+    if a.kind != b.kind and "plain" not in (a.kind, b.kind):
         return False
     if a.kind == b.kind == "clock":
         return (a.value - b.value) % (720 if a.about or b.about else 1440) == 0
