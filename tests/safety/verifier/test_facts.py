@@ -282,7 +282,7 @@ def test_an_index_embeds_what_is_new_only(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("a.jsonl", b'{"text": "x"}\nno', r"a.jsonl:2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\nno', r"a.jsonl:2: not valid JSON"),
         ("a.jsonl", b'{"id": 1}', r'a.jsonl:1: no "text"'),
         ("a.txt", b"\xff", "not UTF-8"),
         ("a.txt", b"  ", "no text"),
