@@ -298,7 +298,7 @@ def machine() -> dict[str, Any]:
 def closing_lines(summary: dict[str, Any], page: Path) -> str:
     """What a person wants to know at the end."""
     lines = [""]
-    for name in ("base", "start", "dpo", "ppo"):
+    for name in summary["targets"]:
         rates = ", ".join(f"{kind} {rate['rate']:.0%}" for kind, rate in summary[name]["refusals"].items())
         lines.append(f"{name}: refuses {rates}; {summary[name]['ended']['rate']:.0%} of answers end")
     for name in ("dpo", "ppo"):
