@@ -27,7 +27,7 @@ from plumbline.align.data.formats import PreferencePair, read_training_pairs
 from plumbline.align.data.rows import split_pairs
 from plumbline.align.models.answer_head import score_answers_only
 from plumbline.align.models.start import ModelSettings, load_start
-from plumbline.align.runtime.launch import parse_settings, replacing, trainer_defaults
+from plumbline.align.runtime.launch import launched, parse_settings, replacing, trainer_defaults
 from plumbline.align.runtime.tracking import StopOnNonFinite
 from plumbline.align.runtime.trainer_runs import ExactResume, TrainerRun
 from plumbline.paths import STARTER
@@ -126,4 +126,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "dpo")

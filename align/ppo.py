@@ -56,6 +56,7 @@ from plumbline.align.runtime.checkpoints import (
 from plumbline.align.runtime.launch import (
     claim_run,
     disk_faults,
+    launched,
     open_run,
     parse_settings,
     pick_dtype,
@@ -580,4 +581,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "ppo")

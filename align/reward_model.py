@@ -32,7 +32,7 @@ from plumbline.align.data.formats import cost_pairs, read_training_pairs
 from plumbline.align.data.mixture import DomainMixture
 from plumbline.align.data.rows import PreferencePair, last_user_text, split_pairs
 from plumbline.align.models.start import ModelSettings, save_merged
-from plumbline.align.runtime.launch import parse_settings, pick_dtype, trainer_defaults
+from plumbline.align.runtime.launch import launched, parse_settings, pick_dtype, trainer_defaults
 from plumbline.align.runtime.pair_trainer import PairTrainer
 from plumbline.align.runtime.tracking import StopOnNonFinite
 from plumbline.align.runtime.trainer_runs import ExactResume, TrainerRun
@@ -291,4 +291,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "reward_model")

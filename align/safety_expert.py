@@ -30,6 +30,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
+from plumbline.align.runtime.launch import launched
 from plumbline.paths import STARTER
 from plumbline.policy_models.chat import encode_prompts, sample_answers
 from plumbline.policy_models.devices import fast_dtype
@@ -164,4 +165,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "safety_expert")

@@ -44,7 +44,7 @@ from plumbline.align.models.start import load_start
 from plumbline.align.rl.inputs import build_reward, kinds_of, read_prompt_files, rows_of_step
 from plumbline.align.rl.rollouts import encode_fitting
 from plumbline.align.rl.settings import PPOSettings
-from plumbline.align.runtime.launch import claim_run, open_run, parse_settings, pick_dtype
+from plumbline.align.runtime.launch import claim_run, launched, open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.policy_models.chat import stop_ids
 from plumbline.policy_models.devices import default_device
@@ -285,4 +285,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "sample_pairs")

@@ -41,7 +41,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from plumbline.align.data.rows import read_prompts, read_rows
 from plumbline.align.rl.rollouts import pad_answers
-from plumbline.align.runtime.launch import open_run, parse_settings, pick_dtype
+from plumbline.align.runtime.launch import launched, open_run, parse_settings, pick_dtype
 from plumbline.align.runtime.tracking import write_rows
 from plumbline.eval.grading.text_checks import repetition
 from plumbline.eval.samples import KINDS
@@ -498,4 +498,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "self_answers")

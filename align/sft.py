@@ -26,7 +26,7 @@ from plumbline.align.data.encoding import Encoder, check_lengths, sft_rows
 from plumbline.align.data.rows import read_sft
 from plumbline.align.models.answer_head import score_answers_only
 from plumbline.align.models.start import ModelSettings, load_start, save_merged
-from plumbline.align.runtime.launch import parse_settings, trainer_defaults
+from plumbline.align.runtime.launch import launched, parse_settings, trainer_defaults
 from plumbline.align.runtime.tracking import StopOnNonFinite
 from plumbline.align.runtime.trainer_runs import ExactResume, TrainerRun
 from plumbline.paths import STARTER
@@ -119,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    launched(main, "sft")

@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -44,6 +44,15 @@ def trainer_defaults() -> dict[str, Any]:
         "bf16": pick_dtype("auto") == torch.bfloat16,
         "activation_checkpointing": False,
     }
+
+
+def launched(main: Callable[[], Any], stage: str) -> None:
+    """Runs a stage that was launched by its path: what a user did wrong is one line on standard error and exit status 2."""
+    try:
+        main()
+    except ValueError as error:
+        print(f"{stage}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def parse_settings(
