@@ -32,8 +32,8 @@ def test_reads_fields_and_names_rows_without_an_id(tmp_path):
 @pytest.mark.parametrize(
     "row, line, rule",
     [
-        ("{oops", 2, "not JSON"),
-        ("[1]", 2, "list instead of an object"),
+        ("{oops", 2, "not valid JSON"),
+        ("[1]", 2, "an object is expected, found list"),
         ({"prompt": "p"}, 2, "kind is None; needs text"),
         ({"prompt": "p", "kind": "evil"}, 2, "needs one of harmful, twin, ordinary"),
         ({"prompt": " ", "kind": "twin"}, 2, "prompt is empty"),

@@ -176,10 +176,10 @@ def test_stock_answers_are_distinct_and_the_same_every_time(stock):
 def test_reading_names_file_and_line(tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n\n[1]\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl:3: list; each line must hold one JSON object"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:3: an object is expected, found list"):
         read_jsonl(bad)
     bad.write_text('{"a": 1}\n{"a"\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl:2: not JSON"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:2: not valid JSON"):
         read_jsonl(bad)
     with gzip.open(tmp_path / "good.jsonl.gz", "wt") as file:
         file.write('{"a": 1}\n')
