@@ -10,6 +10,8 @@ COMPILED = {
     "docs/extend.md": "run by test_extend.py",
     "docs/reward.md": "asks a hub",
     "docs/policy_model.md": "loads 135M weights",
+    "docs/serving.md": "asks a server",
+    "docs/architecture.md": "one line",
 }
 CODE = {name(page): re.findall(r"^```python\n(.*?)^```", page.read_text("utf-8"), re.M | re.S) for page in PAGES
         if page.name not in HISTORY}  # fmt: skip
