@@ -146,6 +146,8 @@ def _asked(place: str, row: Row, name: str) -> Messages:
             raise ValueError(f"{place}: input={more!r:.80} must be a text")
     messages = as_messages(place, name, value, "user")
     history = row.get("history") if name == "instruction" else None
+    if history is not None and not isinstance(history, list):
+        raise ValueError(f"{place}: history={history!r:.80} must be a list of questions and their answers")
     for at, turn in enumerate(history or []):
         if not isinstance(turn, list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
             raise ValueError(f"{place}: history[{at}]={turn!r:.80} must be a question and its answer, both texts")

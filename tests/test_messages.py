@@ -181,3 +181,10 @@ def test_any_row_is_an_example_or_a_valueerror(row):
             assert all(
                 isinstance(m["content"], str) and m["role"] in ("system", "user", "assistant", "tool") for m in messages
             )
+
+
+@pytest.mark.parametrize("history", [7, True, "before", {"a": "b"}])
+def test_a_history_that_is_no_list_is_refused(history):
+    row = {"instruction": "Go on.", "output": "Yes.", "history": history}
+    with pytest.raises(ValueError, match="f:1: history=.* must be a list of questions and their answers"):
+        read_example("f:1", row)
