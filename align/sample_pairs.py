@@ -51,6 +51,7 @@ from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_tokenizer, resolve_model_source
 from plumbline.policy_models.rollout.generation import generate
 from plumbline.reward import CompositeReward
+from plumbline.rows import is_sound
 from plumbline.safety.constrained.openings import Openings
 from plumbline.safety.verifier.refusal import load_refusal_head
 
@@ -227,8 +228,11 @@ def openings_of(answers: Iterable[str]) -> "Counter[str]":
 
 
 def pairs_of(candidates: Sequence[Candidate], kind: str | None, settings: PairSettings) -> list[dict[str, Any]]:
-    """At most a pair by behaviour and a pair by quality. Blank answers and answers without a reward take no part."""
-    known = [c for c in candidates if c.total is not None and c.text.strip()]
+    """At most a pair by behaviour and a pair by quality.
+
+    Blank answers, answers without a reward and answers that no reader of the pairs would take (a NUL) take no part.
+    """
+    known = [c for c in candidates if c.total is not None and c.text.strip() and is_sound(c.text)]
 
     def earned(candidate: Candidate) -> float:
         assert candidate.total is not None

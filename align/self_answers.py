@@ -52,6 +52,7 @@ from plumbline.policy_models.devices import default_device
 from plumbline.policy_models.loading import load_for_answers, load_tokenizer, resolve_model_source
 from plumbline.policy_models.logprobs import answer_logprobs, pack_rows, token_budget_batches
 from plumbline.reward import CompositeReward, default_composite
+from plumbline.rows import is_sound
 from plumbline.safety.verifier.refusal import load_refusal_head
 
 STARTER_FILES = "sft preferences prompts harm_twins twins declines harmless".split()
@@ -282,6 +283,8 @@ def why_left_out(answer: str, *, finished: bool, declines: float, settings: Self
         return "short"
     if declines > 0.5:
         return "declines"
+    if not is_sound(answer):
+        return "no text"
     return "loops" if repetition(answer) > settings.max_repetition else None
 
 
@@ -413,7 +416,7 @@ def self_answers(
         complied |= {
             text: answer.strip()
             for text, answer, p in zip(asked, said, declined(asked, said), strict=True)
-            if p < 0.5 and len(answer.split()) >= settings.min_words
+            if p < 0.5 and len(answer.split()) >= settings.min_words and is_sound(answer)
         }
         if settings.opening is None:
             rivals = find_opening(model, tokenizer, asked, said, declined=declined)

@@ -389,6 +389,15 @@ def _name(place: str, name: Any) -> str:
     return _sound(place, "the name of a field", name) if isinstance(name, str) else str(name)
 
 
+def is_sound(text: str) -> bool:
+    """Whether a reader of this module takes the text: a very small model may write a NUL."""
+    try:
+        _sound("", "", text)
+    except ValueError:
+        return False
+    return True
+
+
 def _sound(place: str, what: str, text: str) -> str:
     """The text, if UTF-8 can hold it and it has no NUL."""
     if "\0" in text:
